@@ -1,0 +1,22 @@
+"""DDIM sampling as what it is: one ordinary differential equation in σ and x̄, and its solvers."""
+
+from ddim_ode.field import EpsilonField
+from ddim_ode.grid import Grid, grids
+from ddim_ode.integrate import integrate
+from ddim_ode.sampling import RoundTrip, decode, encode, interpolate, noise, round_trip, sample, slerp
+from ddim_ode.schedule import NoiseSchedule
+from ddim_ode.solution import Solution, Status, Step
+from ddim_ode.solvers import (
+    DATA,
+    NOISE,
+    Clock,
+    Gaussian,
+    Linear,
+    Multistep,
+    RungeKutta,
+    Solver,
+    Tableau,
+    solvers,
+)
+
+__version__ = "0.1.0"

@@ -1,0 +1,205 @@
+"""Images on disk: what the command line and the benchmarks read and write.
+
+Inside, images are uint8 (N, C, H, W) until a batch is made of them; outside they are floats in [−1, 1].
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ddim_ode.files import replacing
+
+__all__ = ["find_fashion_mnist", "from_uint8", "read_images", "to_uint8", "write_images"]
+
+Uint8 = NDArray[np.uint8]
+
+#: Where Debian's package ``dataset-fashion-mnist`` puts its four files.
+_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+def from_uint8(images: Uint8, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Images 0…255 as a tensor in [−1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).to(dtype) / 127.5 - 1.0
+
+
+def to_uint8(images: Tensor) -> Uint8:
+    """Images in [−1, 1] as 0…255, rounded; what lies outside is clipped."""
+    return ((images.detach().to("cpu", torch.float64).clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8).numpy()
+
+
+def find_fashion_mnist(split: str = "train") -> Uint8:
+    """Fashion-MNIST as uint8 (N, 1, 28, 28): 60,000 training or 10,000 test images.
+
+    The four ``.gz`` files are looked for in the folder named by the environment variable
+    ``FASHION_MNIST``, else where Debian's package ``dataset-fashion-mnist`` puts them.
+
+    Parameters
+    ----------
+    split : {"train", "test"}
+        Which part.
+
+    Raises
+    ------
+    FileNotFoundError
+        If they are not there; the message says how to get them.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f'split must be "train" or "test", but got {split!r}')
+    folder = Path(os.environ.get("FASHION_MNIST", _FASHION_MNIST))
+    path = folder / f"{'train' if split == 'train' else 't10k'}-images-idx3-ubyte.gz"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no Fashion-MNIST at {path}: install Debian's package dataset-fashion-mnist, or put the four files of "
+            "github.com/zalandoresearch/fashion-mnist in a folder and name it in the environment variable FASHION_MNIST"
+        )
+    return read_images(path)
+
+
+def read_images(path: str | os.PathLike[str]) -> Uint8:
+    """Images from a file or folder, as uint8 (N, C, H, W).
+
+    Parameters
+    ----------
+    path : path
+        A PNG (or other picture file), a folder of them, an ``.npy`` or ``.npz`` array, or an idx file
+        (MNIST's format, gzipped or not). Arrays are uint8, or floats in [−1, 1]; of shape (N, H, W),
+        (N, C, H, W) or (N, H, W, C) with 1 or 3 channels. An ``.npz`` holds them under ``images``, ``x`` or
+        as its only array.
+
+    Raises
+    ------
+    FileNotFoundError
+        If nothing is there.
+    ValueError
+        If it is not images, is cut short, or has values out of range.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no images at {path}: there is no such file or folder")
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in Image.registered_extensions())
+        if not files:
+            raise ValueError(f"{path} holds no picture files")
+        pictures = [_picture(p) for p in files]
+        shapes = {p.shape for p in pictures}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"the pictures in {path} differ in shape ({', '.join(map(str, sorted(shapes)))}): make them equal"
+            )
+        return np.stack(pictures)
+    if "-ubyte" in path.name or path.suffix == ".idx":
+        return _idx(path)
+    if path.suffix in (".npy", ".npz"):
+        return _as_images(read_array(path), path)
+    return _picture(path)[None]
+
+
+def read_array(path: str | os.PathLike[str]) -> NDArray[Any]:
+    """The array of an ``.npy`` file, or of an ``.npz`` (named ``images``, ``latent``, ``x``, or the only one)."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            for name in ("images", "latent", "x"):
+                if name in loaded:
+                    return loaded[name]
+            if len(loaded.files) == 1:
+                return loaded[loaded.files[0]]
+            names = ", ".join(loaded.files)
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise ValueError(f"{path} is not a whole array file: {error}") from error
+    raise ValueError(f"{path} holds several arrays ({names}) and none is called images, latent or x")
+
+
+def write_images(path: str | os.PathLike[str], images: Tensor, columns: int | None = None) -> None:
+    """Write images (N, C, H, W) in [−1, 1]: a sheet as ``.png``, else an ``.npz`` or ``.npy`` array.
+
+    Parameters
+    ----------
+    path : path
+        Where to; the ending decides. Arrays keep the floats, under ``images``.
+    images : Tensor
+        (N, C, H, W) with 1 or 3 channels for a PNG; any shape for arrays.
+    columns : int, optional
+        Images a row of a sheet; by default as square as it goes.
+    """
+    path = Path(path)
+    array = images.detach().cpu().numpy()
+    if path.suffix == ".png":
+        if array.ndim != 4 or array.shape[1] not in (1, 3):
+            raise ValueError(
+                f"a PNG needs images (N, 1 or 3, H, W), but these have shape {tuple(array.shape)}; write .npz"
+            )
+        with replacing(path) as temporary:
+            Image.fromarray(sheet(to_uint8(images), columns)).save(temporary, format="PNG")
+    elif path.suffix == ".npz":
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, images=array)
+    elif path.suffix == ".npy":
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, array)
+    else:
+        raise ValueError(f"cannot write images as {path.suffix or 'a file with no ending'}: use .png, .npz or .npy")
+
+
+def sheet(images: Uint8, columns: int | None = None, gap: int = 1) -> Uint8:
+    """Tile uint8 images (N, C, H, W) into one picture (H', W') or (H', W', 3), white between them."""
+    n, channels, height, width = images.shape
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, dtype=np.uint8)
+    for i, image in enumerate(images):
+        y, x = gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap)
+        canvas[y : y + height, x : x + width] = image.transpose(1, 2, 0)
+    return canvas[..., 0] if channels == 1 else canvas
+
+
+def _picture(path: Path) -> Uint8:
+    try:
+        with Image.open(path) as image:
+            grey = image.mode in ("1", "L", "LA", "I", "I;16", "F")
+            array = np.asarray(image.convert("L" if grey else "RGB"))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} is not a whole picture file: {error}") from error
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def _idx(path: Path) -> Uint8:
+    try:
+        raw = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path} is not a whole gzip file: {error}") from error
+    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or raw[3] != 3:
+        raise ValueError(f"{path} is not an idx file of uint8 images: its header is {raw[:4]!r}")
+    n, height, width = (int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(3))
+    if len(raw) != 16 + n * height * width:
+        raise ValueError(f"{path} says {n} images of {height}x{width} but holds {len(raw) - 16} bytes: it is cut short")
+    return np.frombuffer(raw, dtype=np.uint8, offset=16).reshape(n, 1, height, width)
+
+
+def _as_images(array: NDArray[Any], path: Path) -> Uint8:
+    if array.ndim == 3:
+        array = array[:, None]
+    if array.ndim == 4 and array.shape[1] not in (1, 3) and array.shape[3] in (1, 3):
+        array = array.transpose(0, 3, 1, 2)
+    if array.ndim != 4:
+        raise ValueError(
+            f"{path} must hold images (N, H, W), (N, C, H, W) or (N, H, W, C), but its shape is {array.shape}"
+        )
+    if array.dtype == np.uint8:
+        return array
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"{path} must hold uint8, or floats in [-1, 1], but its dtype is {array.dtype}")
+    if not np.abs(array).max() <= 1.0 + 1e-3:
+        raise ValueError(f"{path} must hold floats in [-1, 1], but they span {array.min():.4g}…{array.max():.4g}")
+    return to_uint8(torch.from_numpy(np.ascontiguousarray(array)))

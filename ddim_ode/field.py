@@ -1,0 +1,307 @@
+r"""The vector field of eq. 14, from whatever network there is.
+
+.. math:: d\bar x = \epsilon(\bar x, \sigma)\, d\sigma, \qquad
+          \epsilon(\bar x, \sigma) = \epsilon_\theta\!\left(\bar x / \sqrt{\sigma^2 + 1},\ t(\sigma)\right)
+
+:class:`EpsilonField` is the only place that knows what a network looks like: input scaling, time labels,
+number formats, prediction types and guidance all live here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ddim_ode.schedule import NoiseSchedule
+
+__all__ = ["EpsilonField", "PREDICTIONS"]
+
+
+def _score(sigma: float) -> tuple[float, float]:
+    return 0.0, -sigma / math.sqrt(1.0 + sigma**2)
+
+
+# ε = a x̄ + b · output, by σ. Where σ = 0 makes b infinite the caller passes the schedule's σ_min.
+PREDICTIONS: dict[str, Callable[[float], tuple[float, float]]] = {
+    "epsilon": lambda sigma: (0.0, 1.0),
+    "sample": lambda sigma: (1.0 / sigma, -1.0 / sigma),
+    "v_prediction": lambda sigma: (sigma / (1.0 + sigma**2), 1.0 / math.sqrt(1.0 + sigma**2)),
+    "score": _score,
+    "flow": lambda sigma: (1.0 / (1.0 + sigma), 1.0 / (1.0 + sigma)),
+}
+
+Evaluate = Callable[[Tensor, float], Tensor]
+
+
+class EpsilonField:
+    r"""ε(x̄, σ) from a network in variance-preserving coordinates.
+
+    Parameters
+    ----------
+    model : callable
+        ``model(x, t)`` or, with a condition, ``model(x, t, condition)``: x (B, \*d) of variance about one,
+        t (B,) the time label, 0-based and fractional (see `label`); it returns (B, \*d).
+    schedule : NoiseSchedule
+        The schedule the model was trained with.
+    prediction : {"epsilon", "sample", "v_prediction", "score", "flow"}
+        What the model returns: ε; x₀; v = √α ε − √(1−α) x₀; the score ∇ log p(x) of the noised data; or the
+        velocity ε − x₀.
+    shape : tuple of int, optional
+        Shape \*d of one sample; needed only to draw latents. Taken from ``model.shape`` if it has one.
+    label : {"fractional", "nearest"}
+        ``"nearest"`` rounds labels to integers (int64), for networks that index a table with them. It caps
+        the order any solver can show.
+    dtype : torch.dtype, optional
+        What the model computes in. By default that of its parameters; a model without parameters sees the
+        state's.
+    condition : Tensor, optional
+        Third argument of the model, (B, …) or (1, …).
+    null_condition : Tensor, optional
+        The condition that stands for none, for classifier-free guidance, (B, …) or (1, …).
+    guidance_scale : float
+        w in ε = ε(null) + w (ε(condition) − ε(null)), from one doubled batch. 1 means no guidance.
+    autocast : torch.dtype, optional
+        Run the model under autocast to this dtype.
+    channels_last : bool
+        Feed the model (and lay out its weights) channels-last.
+    compile : bool
+        Pass the model through :func:`torch.compile`.
+
+    Attributes
+    ----------
+    nfe : int
+        Model calls so far; set it to 0 to count anew. A batch, doubled or not, is one call.
+
+    Notes
+    -----
+    A network does not know σ = 0: it is asked with the label of the schedule's first trained level there,
+    and so it is anywhere below that level.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        schedule: NoiseSchedule,
+        prediction: str = "epsilon",
+        *,
+        shape: tuple[int, ...] | None = None,
+        label: Literal["fractional", "nearest"] = "fractional",
+        dtype: torch.dtype | None = None,
+        condition: Tensor | None = None,
+        null_condition: Tensor | None = None,
+        guidance_scale: float = 1.0,
+        autocast: torch.dtype | None = None,
+        channels_last: bool = False,
+        compile: bool = False,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"model must be callable as model(x, t), but got {type(model).__name__}")
+        if prediction not in PREDICTIONS:
+            close = difflib.get_close_matches(prediction, PREDICTIONS, n=1, cutoff=0.2)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"unknown prediction {prediction!r}: {hint}known are {', '.join(PREDICTIONS)}")
+        if label not in ("fractional", "nearest"):
+            raise ValueError(f'label must be "fractional" or "nearest", but got {label!r}')
+        if guidance_scale != 1.0 and (condition is None or null_condition is None):
+            raise ValueError("guidance_scale other than 1 needs both condition and null_condition")
+        self.schedule = schedule
+        self.prediction = prediction
+        self.label = label
+        self.condition, self.null_condition = condition, null_condition
+        self.guidance_scale = float(guidance_scale)
+        self.autocast, self.channels_last = autocast, channels_last
+        self.nfe = 0
+        self._by_sigma = False
+        self._attach(model, shape, dtype)
+        if channels_last and isinstance(model, nn.Module):
+            model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self._call = torch.compile(model) if compile else model
+
+    @classmethod
+    def from_sigma(
+        cls,
+        eps: Callable[[Tensor, float], Tensor],
+        schedule: NoiseSchedule,
+        *,
+        shape: tuple[int, ...] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> EpsilonField:
+        r"""The field of an ε known directly in (x̄, σ): an exact model or a σ-conditioned network.
+
+        Parameters
+        ----------
+        eps : callable
+            ``eps(x_bar, sigma)``, x̄ (B, \*d) and σ ≥ 0 a float; it returns (B, \*d).
+        schedule : NoiseSchedule
+            What σ runs over.
+        shape, dtype
+            As for the class.
+        """
+        field = cls.__new__(cls)
+        if not callable(eps):
+            raise TypeError(f"eps must be callable as eps(x_bar, sigma), but got {type(eps).__name__}")
+        field.schedule, field.prediction, field.label = schedule, "epsilon", "fractional"
+        field.condition = field.null_condition = field.autocast = None
+        field.guidance_scale, field.channels_last = 1.0, False
+        field.nfe = 0
+        field._by_sigma = True
+        field._attach(eps, shape, dtype)
+        field._call = eps
+        return field
+
+    def _attach(self, model: Any, shape: tuple[int, ...] | None, dtype: torch.dtype | None) -> None:
+        self.model = model
+        shape = shape if shape is not None else getattr(model, "shape", None)
+        self.shape = None if shape is None else tuple(int(n) for n in shape)
+        first = None
+        if isinstance(model, nn.Module):
+            first = next((p for p in model.parameters() if p.is_floating_point()), None)
+            if model.training and any(
+                isinstance(m, (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)) for m in model.modules()
+            ):
+                warnings.warn(
+                    "the model is in training mode and has dropout or batch norm: call model.eval() first", stacklevel=3
+                )
+        #: What the model computes in; None: whatever the state is in.
+        self.dtype = dtype if dtype is not None else (None if first is None else first.dtype)
+        #: Where the model lives; None: wherever the state is.
+        self.device = None if first is None else first.device
+
+    def __repr__(self) -> str:
+        what = type(self.model).__name__ if not hasattr(self.model, "__name__") else self.model.__name__
+        return f"<EpsilonField {what}: {self.prediction}, {self.schedule!r}>"
+
+    def __call__(self, x_bar: Tensor, sigma: float) -> Tensor:
+        r"""ε(x̄, σ).
+
+        Parameters
+        ----------
+        x_bar : Tensor
+            (B, \*d).
+        sigma : float
+            Noise level in [0, σ_T].
+
+        Returns
+        -------
+        Tensor
+            (B, \*d), in the dtype of `x_bar`.
+        """
+        return self.bind(x_bar, (sigma,))(x_bar, float(sigma))
+
+    def bind(self, x_bar: Tensor, sigmas: Iterable[float], rows: slice | Tensor | None = None) -> Evaluate:
+        """The field for one run: all that depends on σ and on the batch's form alone is made here, once.
+
+        Parameters
+        ----------
+        x_bar : Tensor
+            A state of the run: its shape, dtype and device count, its values do not.
+        sigmas : iterable of float
+            Noise levels that will be asked for. Others may be, at the cost of a pause.
+        rows : slice or Tensor, optional
+            Which rows of the conditions the batch stands for; all by default.
+
+        Returns
+        -------
+        callable
+            ``evaluate(x_bar, sigma)``, for states of that shape.
+        """
+        return self._bind_sigma(x_bar) if self._by_sigma else self._bind_network(x_bar, sigmas, rows)
+
+    def _bind_sigma(self, like: Tensor) -> Evaluate:
+        dtype, state, shape, call = self.dtype or like.dtype, like.dtype, like.shape, self._call
+
+        def evaluate(x_bar: Tensor, sigma: float) -> Tensor:
+            self.nfe += 1
+            eps = call(x_bar if state == dtype else x_bar.to(dtype), sigma)
+            if eps.shape != shape:
+                raise ValueError(_wrong_shape(eps, shape))
+            return eps if eps.dtype == state else eps.to(state)
+
+        return evaluate
+
+    def _bind_network(self, like: Tensor, sigmas: Iterable[float], rows: slice | Tensor | None) -> Evaluate:
+        state, shape, device = like.dtype, like.shape, like.device
+        dtype = self.dtype or state
+        batch = shape[0]
+        doubled = self.guidance_scale != 1.0
+        condition = _rows(self.condition, rows, batch, "condition")
+        if doubled:
+            null = _rows(self.null_condition, rows, batch, "null_condition")
+            condition = torch.cat((null, condition))  # type: ignore[arg-type]
+        label_dtype = torch.int64 if self.label == "nearest" else torch.promote_types(dtype, torch.float32)
+        table: dict[float, tuple[float, Tensor, float, float]] = {}
+
+        def learn(levels: Iterable[float]) -> None:
+            values = np.fromiter(levels, dtype=np.float64)
+            labels = self.schedule.label(values)
+            if self.label == "nearest":
+                labels = np.rint(labels)
+            for sigma, label in zip(values.tolist(), labels.tolist(), strict=True):
+                # A network's σ = 0 is its first trained level: see the class's notes.
+                a, b = PREDICTIONS[self.prediction](sigma or self.schedule.sigma_min)
+                t = torch.full((2 * batch if doubled else batch,), label, dtype=label_dtype, device=device)
+                table[sigma] = ((1.0 + sigma * sigma) ** -0.5, t, a, b)
+
+        learn(sigmas)
+        call, plain, scale_by = self._call, self.prediction == "epsilon", self.guidance_scale
+        channels_last = self.channels_last and like.ndim == 4
+        context: Any = contextlib.nullcontext
+        if self.autocast is not None:
+            context = lambda: torch.autocast(device.type, self.autocast)
+        bare = self.autocast is None and not doubled and condition is None and not channels_last
+
+        def evaluate(x_bar: Tensor, sigma: float) -> Tensor:
+            entry = table.get(sigma)
+            if entry is None:
+                learn((sigma,))
+                entry = table[float(sigma)]
+            scale, t, a, b = entry
+            self.nfe += 1
+            x = x_bar * scale if state == dtype else x_bar.to(dtype) * scale
+            if bare:
+                out = call(x, t)
+            else:
+                if channels_last:
+                    x = x.contiguous(memory_format=torch.channels_last)
+                if doubled:
+                    x = torch.cat((x, x))
+                with context():
+                    out = call(x, t) if condition is None else call(x, t, condition)
+                if doubled:
+                    if out.shape[0] != 2 * batch:
+                        raise ValueError(_wrong_shape(out, (2 * batch, *shape[1:])))
+                    without, given = out.to(state).chunk(2)
+                    out = without + scale_by * (given - without)
+            if out.shape != shape:
+                raise ValueError(_wrong_shape(out, shape))
+            if out.dtype != state:
+                out = out.to(state)
+            return out if plain else a * x_bar + b * out
+
+        return evaluate
+
+
+def _rows(condition: Tensor | None, rows: slice | Tensor | None, batch: int, name: str) -> Tensor | None:
+    if condition is None:
+        return None
+    if condition.shape[0] == 1:
+        return condition.expand(batch, *condition.shape[1:])
+    chosen = condition if rows is None else condition[rows]
+    if chosen.shape[0] != batch:
+        raise ValueError(
+            f"{name} has {condition.shape[0]} rows, but the batch has {batch}: give one row a sample, or one for all"
+        )
+    return chosen
+
+
+def _wrong_shape(out: Any, shape: Any) -> str:
+    got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    return f"the model must return what it was given, shape {tuple(shape)}, but returned {got}"

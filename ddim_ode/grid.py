@@ -1,0 +1,234 @@
+r"""Grids: the sequence of noise levels that a run visits.
+
+A grid is made once and used by every solver in both directions; no step ever derives its neighbour again.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ddim_ode.schedule import NoiseSchedule
+
+__all__ = ["Grid", "grids"]
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """An immutable, strictly monotone sequence of σ, and the network's label at each.
+
+    Make one with :meth:`make` (by rule) or :meth:`explicit` (from numbers).
+
+    Attributes
+    ----------
+    sigmas : ndarray
+        float64, read-only; σ_T down to 0 for sampling, 0 up to σ_T for encoding, or any part of either.
+    schedule : NoiseSchedule
+        What the grid was made for.
+    name : str
+        The rule's name, or ``"explicit"``.
+    """
+
+    sigmas: Array
+    schedule: NoiseSchedule
+    name: str = "explicit"
+
+    def __post_init__(self) -> None:
+        sigmas = np.array(self.sigmas, dtype=np.float64)
+        if sigmas.ndim != 1 or sigmas.size < 2:
+            raise ValueError(f"a grid needs at least two sigmas in one row, but got an array of shape {sigmas.shape}")
+        if not np.all(np.isfinite(sigmas)):
+            raise ValueError("a grid's sigmas must be finite, but there is NaN or infinity among them")
+        steps = np.diff(sigmas)
+        if not (np.all(steps > 0.0) or np.all(steps < 0.0)):
+            at = int(np.argmin(steps * np.sign(sigmas[-1] - sigmas[0]) > 0.0))
+            raise ValueError(
+                "a grid's sigmas must strictly rise or strictly fall, but "
+                f"sigmas[{at}] = {sigmas[at]:.10g} is followed by sigmas[{at + 1}] = {sigmas[at + 1]:.10g}"
+            )
+        if sigmas.min() < 0.0:
+            raise ValueError(f"a grid's sigmas must not be negative, but the smallest is {sigmas.min():.10g}")
+        end = self.schedule.sigma_max
+        if sigmas.max() > end * (1.0 + 1e-12):
+            raise ValueError(
+                f"a grid's sigmas must not exceed the schedule's sigma_max = {end:.10g}, but reach {sigmas.max():.10g}"
+            )
+        sigmas = np.minimum(sigmas, end)
+        sigmas.setflags(write=False)
+        object.__setattr__(self, "sigmas", sigmas)
+
+    @property
+    def labels(self) -> Array:
+        """The network's label at each σ."""
+        return self.schedule.label(self.sigmas)
+
+    @property
+    def steps(self) -> int:
+        """Number of steps, one less than the number of nodes."""
+        return self.sigmas.size - 1
+
+    @property
+    def encoding(self) -> bool:
+        """Whether σ rises."""
+        return bool(self.sigmas[-1] > self.sigmas[0])
+
+    def reversed(self) -> Grid:
+        """The same nodes, to the bit, in the other direction."""
+        return Grid(self.sigmas[::-1], self.schedule, self.name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Grid) and self.schedule is other.schedule and np.array_equal(self.sigmas, other.sigmas)
+
+    def __hash__(self) -> int:
+        return hash((id(self.schedule), self.sigmas.tobytes()))
+
+    def __repr__(self) -> str:
+        return f"<Grid {self.name}: {self.steps} steps, sigma {self.sigmas[0]:.6g} -> {self.sigmas[-1]:.6g}>"
+
+    @staticmethod
+    def explicit(sigmas: ArrayLike, schedule: NoiseSchedule) -> Grid:
+        """A grid from the noise levels themselves, in either direction."""
+        return Grid(np.asarray(sigmas, dtype=np.float64), schedule)
+
+    @staticmethod
+    def make(name: str, schedule: NoiseSchedule, steps: int, **options: float) -> Grid:
+        r"""A sampling grid of `steps` steps, from σ_T down to σ = 0.
+
+        Parameters
+        ----------
+        name : str
+            One of :func:`grids`:
+
+            ``linear``, ``quadratic``
+                The paper's D.2: τ_i = ⌊c i⌋ and τ_i = ⌊c i²⌋, with c such that τ_S = T, and made distinct.
+            ``released-quadratic``
+                The authors' code: squares of an even spacing of [0, √(0.8 T)], as 0-based labels. It stops
+                at 0.8 T, and drops repeated τ.
+            ``karras``
+                Even in σ^{1/ρ} between σ_T and σ_min, then 0. Option ``rho`` (7).
+            ``log``
+                Even in log σ between σ_T and σ_min, then 0.
+            ``t``
+                Even in t, with fractions.
+            ``asinh``, ``arctan``
+                Even in asinh(σ/c) or arctan(σ/c) down to 0. Option ``c`` (asinh 0.05, arctan 0.5).
+        schedule : NoiseSchedule
+            The schedule to cover.
+        steps : int
+            Number of steps S ≥ 1.
+        **options : float
+            The rule's own numbers, as above.
+
+        Raises
+        ------
+        ValueError
+            If the name or an option is unknown, or the schedule has fewer distinct steps.
+        """
+        if name not in _RULES:
+            close = difflib.get_close_matches(name, _RULES, n=3, cutoff=0.3)
+            hint = f"did you mean {' or '.join(close)}? " if close else ""
+            raise ValueError(f"unknown grid {name!r}: {hint}known grids are {', '.join(_RULES)}")
+        if isinstance(steps, bool) or int(steps) != steps or steps < 1:
+            raise ValueError(f"steps must be a whole number of at least 1, but got {steps!r}")
+        try:
+            sigmas = _RULES[name](schedule, int(steps), **options)
+        except TypeError:
+            raise ValueError(f"grid {name!r} does not take the options {sorted(options)}") from None
+        return Grid(np.append(sigmas, 0.0), schedule, name)
+
+
+def grids() -> tuple[str, ...]:
+    """Names that :meth:`Grid.make` knows."""
+    return tuple(_RULES)
+
+
+def _tau(schedule: NoiseSchedule, steps: int, power: int) -> Array:
+    if not schedule.discrete:
+        return schedule.sigma(schedule.T * (np.arange(steps, 0.0, -1.0) / steps) ** power)
+    total = int(schedule.T)
+    if steps > total:
+        raise ValueError(f"steps = {steps} needs that many distinct times, but the schedule was trained at {total}")
+    tau, last = [], 0
+    for i in range(1, steps + 1):
+        last = max(last + 1, total * i**power // steps**power)
+        tau.append(last)
+    return schedule.sigma(np.array(tau[::-1], dtype=np.float64))
+
+
+def _linear(schedule: NoiseSchedule, steps: int) -> Array:
+    return _tau(schedule, steps, 1)
+
+
+def _quadratic(schedule: NoiseSchedule, steps: int) -> Array:
+    return _tau(schedule, steps, 2)
+
+
+def _released_quadratic(schedule: NoiseSchedule, steps: int) -> Array:
+    if not schedule.discrete:
+        raise ValueError(
+            "grid 'released-quadratic' counts trained steps, and this schedule is continuous: use 'quadratic'"
+        )
+    labels = np.unique((np.linspace(0.0, np.sqrt(schedule.T * 0.8), steps) ** 2).astype(np.int64))
+    return schedule.sigma(labels[::-1] + 1.0)
+
+
+def _time(schedule: NoiseSchedule, steps: int) -> Array:
+    return schedule.sigma(schedule.T * np.arange(steps, 0.0, -1.0) / steps)
+
+
+def _to_sigma_min(
+    schedule: NoiseSchedule, steps: int, clock: Callable[[Any], Any], inverse: Callable[[Any], Any]
+) -> Array:
+    ends = clock(np.array([schedule.sigma_max, schedule.sigma_min]))
+    sigmas = inverse(np.linspace(ends[0], ends[1], steps))
+    sigmas[0] = schedule.sigma_max
+    if steps > 1:
+        sigmas[-1] = schedule.sigma_min
+    return sigmas
+
+
+def _karras(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> Array:
+    if not rho > 0.0:
+        raise ValueError(f"rho must be positive, but got {rho}")
+    return _to_sigma_min(schedule, steps, lambda s: s ** (1.0 / rho), lambda u: u**rho)
+
+
+def _log(schedule: NoiseSchedule, steps: int) -> Array:
+    return _to_sigma_min(schedule, steps, np.log, np.exp)
+
+
+def _asinh(schedule: NoiseSchedule, steps: int, c: float = 0.05) -> Array:
+    return _down_to_zero(schedule, steps, c, np.arcsinh, np.sinh)
+
+
+def _arctan(schedule: NoiseSchedule, steps: int, c: float = 0.5) -> Array:
+    return _down_to_zero(schedule, steps, c, np.arctan, np.tan)
+
+
+def _down_to_zero(
+    schedule: NoiseSchedule, steps: int, c: float, clock: Callable[[Any], Any], inverse: Callable[[Any], Any]
+) -> Array:
+    if not c > 0.0:
+        raise ValueError(f"c must be positive, but got {c}")
+    sigmas = c * inverse(clock(schedule.sigma_max / c) * np.arange(steps, 0.0, -1.0) / steps)
+    sigmas[0] = schedule.sigma_max
+    return sigmas
+
+
+_RULES: dict[str, Callable[..., Array]] = {
+    "linear": _linear,
+    "quadratic": _quadratic,
+    "released-quadratic": _released_quadratic,
+    "karras": _karras,
+    "log": _log,
+    "t": _time,
+    "asinh": _asinh,
+    "arctan": _arctan,
+}

@@ -1,0 +1,411 @@
+"""Sampling, encoding, decoding, the round trip and interpolation: what a reader of the paper looks for."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ddim_ode.field import EpsilonField
+from ddim_ode.grid import Grid
+from ddim_ode.integrate import check_state, integrate
+from ddim_ode.metrics import mse
+from ddim_ode.solution import Solution, Status, Step
+from ddim_ode.solvers import Solver, get
+
+__all__ = ["DEFAULTS", "RoundTrip", "decode", "encode", "interpolate", "noise", "round_trip", "sample", "slerp"]
+
+#: The pair of solver and grid that benchmarks/defaults.py measured most accurate per call, by direction.
+DEFAULTS = {"sample": ("deis3", "quadratic"), "encode": ("deis3", "quadratic")}
+
+#: Model calls when neither `steps` nor `nfe` is given.
+_NFE = 50
+
+GridLike = str | Grid | ArrayLike
+
+
+def noise(shape: tuple[int, ...], n: int, seed: int, *, first: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    r"""Unit Gaussian latents keyed by (seed, image index): (n, \*shape), on the CPU.
+
+    Image i is the same whatever `n`, the batch size, the dtype (up to rounding) or the device.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Shape \*d of one sample.
+    n : int
+        How many.
+    seed : int
+        0 ≤ seed < 2⁶⁴.
+    first : int
+        Index of the first image.
+    dtype : torch.dtype
+        Dtype of the result.
+    """
+    if isinstance(n, bool) or int(n) != n or n < 1:
+        raise ValueError(f"n must be a whole number of at least 1, but got {n!r}")
+    if isinstance(seed, bool) or int(seed) != seed or not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be a whole number in [0, 2**64), but got {seed!r}")
+    drawn = [
+        np.random.Generator(np.random.Philox(key=[seed, i])).standard_normal(shape) for i in range(first, first + n)
+    ]
+    return torch.from_numpy(np.stack(drawn)).to(dtype)
+
+
+def sample(
+    field: EpsilonField,
+    latent: Tensor | None = None,
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    nfe: int | None = None,
+    solver: str | Solver | None = None,
+    grid: GridLike | None = None,
+    dtype: torch.dtype = torch.float64,
+    batch_size: int | None = None,
+    callback: Callable[[Step], Any] | None = None,
+    progress: bool = False,
+    trajectory: bool = False,
+) -> Solution:
+    r"""From latents x_T to data: eq. 14 from σ_T down to 0.
+
+    Parameters
+    ----------
+    field : EpsilonField
+        ε.
+    latent : Tensor, optional
+        x_T ~ N(0, I), (B, \*d). Without it, `n` latents are drawn from `seed`.
+    n : int, optional
+        How many latents to draw, if none are given.
+    seed : int
+        Seed of the drawn latents; image i depends on (seed, i) alone.
+    steps : int, optional
+        Number of steps.
+    nfe : int, optional
+        A budget of model calls instead: as many whole steps as it pays for. With neither, 50.
+    solver : str or Solver, optional
+        By default the one measured most accurate per call: see :data:`DEFAULTS`.
+    grid : str, Grid or sequence of float, optional
+        A rule's name (see :meth:`Grid.make`), a grid, or the σ themselves, in either direction.
+    dtype : torch.dtype
+        The state's dtype. The network keeps its own.
+    batch_size : int, optional
+        Split the work into batches of this size; the images stay the same.
+    callback, progress, trajectory
+        As for :func:`integrate`.
+
+    Returns
+    -------
+    Solution
+        ``.x`` in data space, (B, \*d); ``.nfe``, ``.status``, ``.grid``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument cannot be used, before any model call.
+
+    Warns
+    -----
+    UserWarning
+        If a latent's spread is far from a unit Gaussian's, as an image's is.
+    """
+    method, nodes = _plan(field, "sample", solver, grid, steps, nfe)
+    if latent is None:
+        if n is None:
+            raise ValueError("sample needs latents: give latent=, or n= to draw some")
+        if field.shape is None:
+            raise ValueError("n needs to know the shape of a sample: make the field with shape=(...), or give latent=")
+        latent = noise(field.shape, n, seed, dtype=dtype).to(field.device or "cpu")
+    else:
+        if n is not None and n != latent.shape[0]:
+            raise ValueError(f"n = {n} contradicts the {latent.shape[0]} latents given: leave one out")
+        check_state(field, latent, "latent")
+        _warn_if_not_latent(latent)
+    start = latent.to(dtype) * math.sqrt(1.0 + nodes.sigmas[0] ** 2)
+    return _in_batches(field, start, nodes, method, batch_size, callback, progress, trajectory)
+
+
+def decode(field: EpsilonField, latent: Tensor, **options: Any) -> Solution:
+    """From latents back to data: :func:`sample` with a latent; it takes the same options."""
+    return sample(field, latent, **options)
+
+
+def encode(
+    field: EpsilonField,
+    images: Tensor,
+    *,
+    steps: int | None = None,
+    nfe: int | None = None,
+    solver: str | Solver | None = None,
+    grid: GridLike | None = None,
+    dtype: torch.dtype = torch.float64,
+    data_range: tuple[float, float] | None = (-1.0, 1.0),
+    batch_size: int | None = None,
+    callback: Callable[[Step], Any] | None = None,
+    progress: bool = False,
+    trajectory: bool = False,
+) -> Solution:
+    r"""From data to latents x_T: eq. 14 from σ = 0 up to σ_T, over the nodes that sampling visits.
+
+    Parameters
+    ----------
+    field : EpsilonField
+        ε.
+    images : Tensor
+        x_0, (B, \*d).
+    data_range : (float, float) or None
+        What images (B, C, H, W) must lie in, up to rounding; None for no check.
+    steps, nfe, solver, grid, dtype, batch_size, callback, progress, trajectory
+        As for :func:`sample`; the default solver and grid are those of this direction.
+
+    Returns
+    -------
+    Solution
+        ``.x`` is the latent x_T, (B, \*d), of unit variance where the model fits the data.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument cannot be used, before any model call.
+    """
+    method, nodes = _plan(field, "encode", solver, grid, steps, nfe)
+    check_state(field, images, "images")
+    _check_range(images, data_range)
+    return _in_batches(field, images.to(dtype), nodes, method, batch_size, callback, progress, trajectory)
+
+
+@dataclass(frozen=True, eq=False)
+class RoundTrip:
+    r"""Images encoded and decoded again.
+
+    Attributes
+    ----------
+    encoding, decoding : Solution
+        Both runs.
+    latent, reconstruction : Tensor
+        x_T and the images that came back, (B, \*d).
+    mse : Tensor
+        Mean squared error of each image per dimension, on [0, 1]: the paper's Table 2. (B,), float64.
+    nfe : int
+        Model calls of both directions together.
+    status : tuple of Status
+        One a sample; a sample whose encoding failed keeps that status.
+    """
+
+    encoding: Solution
+    decoding: Solution
+    mse: Tensor
+
+    @property
+    def latent(self) -> Tensor:
+        return self.encoding.x
+
+    @property
+    def reconstruction(self) -> Tensor:
+        return self.decoding.x
+
+    @property
+    def nfe(self) -> int:
+        return self.encoding.nfe + self.decoding.nfe
+
+    @property
+    def status(self) -> tuple[Status, ...]:
+        pairs = zip(self.encoding.status, self.decoding.status, strict=True)
+        return tuple(there or back for there, back in pairs)
+
+
+def round_trip(
+    field: EpsilonField,
+    images: Tensor,
+    *,
+    steps: int | None = None,
+    nfe: int | None = None,
+    solver: str | Solver | None = None,
+    grid: GridLike | None = None,
+    dtype: torch.dtype = torch.float64,
+    data_range: tuple[float, float] | None = (-1.0, 1.0),
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> RoundTrip:
+    r"""Encode images and decode them again, §5.4 of the paper.
+
+    Parameters
+    ----------
+    field : EpsilonField
+        ε.
+    images : Tensor
+        x_0, (B, \*d).
+    steps, nfe : int, optional
+        Steps, or model calls, each way.
+    solver, grid
+        Used both ways; by default each direction has its own.
+    dtype, batch_size, progress
+        As for :func:`sample`.
+    data_range : (float, float) or None
+        As for :func:`encode`; it also sets the scale of ``.mse``, (−1, 1) if None.
+
+    Returns
+    -------
+    RoundTrip
+    """
+    options: dict[str, Any] = {"steps": steps, "nfe": nfe, "solver": solver, "grid": grid, "dtype": dtype}
+    options |= {"batch_size": batch_size, "progress": progress}
+    there = encode(field, images, data_range=data_range, **options)
+    with warnings.catch_warnings():
+        # A coarse encoder's latent may look odd; here that is a result, not a user's mistake.
+        warnings.simplefilter("ignore", LatentWarning)
+        back = sample(field, there.x, **options)
+    return RoundTrip(there, back, mse(images, back.x, data_range or (-1.0, 1.0)))
+
+
+def slerp(a: Tensor, b: Tensor, fraction: float) -> Tensor:
+    r"""The spherical path between latents, appendix D.5, sample by sample.
+
+    .. math:: \frac{\sin((1 - f)\theta)}{\sin\theta}\, a + \frac{\sin(f\theta)}{\sin\theta}\, b
+
+    Parameters
+    ----------
+    a, b : Tensor
+        (B, \*d); θ is the angle between them as vectors.
+    fraction : float
+        f: 0 gives a, 1 gives b.
+    """
+    flat_a, flat_b = a.flatten(1), b.flatten(1)
+    cosine = (flat_a * flat_b).sum(1) / (flat_a.norm(dim=1) * flat_b.norm(dim=1))
+    theta = torch.arccos(cosine.clamp(-1.0, 1.0)).reshape(-1, *(1,) * (a.ndim - 1))
+    sine = torch.sin(theta)
+    straight = sine < 1e-6  # the two point the same way: the path is a line
+    safe = torch.where(straight, torch.ones_like(sine), sine)
+    left = torch.where(straight, torch.full_like(sine, 1.0 - fraction), torch.sin((1.0 - fraction) * theta) / safe)
+    right = torch.where(straight, torch.full_like(sine, fraction), torch.sin(fraction * theta) / safe)
+    return left * a + right * b
+
+
+def interpolate(field: EpsilonField, a: Tensor, b: Tensor, n: int = 8, **options: Any) -> Solution:
+    r"""Decode `n` points of the spherical path from latent `a` to latent `b`, both ends included.
+
+    Parameters
+    ----------
+    field : EpsilonField
+        ε.
+    a, b : Tensor
+        Latents x_T, (B, \*d): B pairs.
+    n : int
+        Points a path, at least 2.
+    **options
+        As for :func:`sample`.
+
+    Returns
+    -------
+    Solution
+        Of B · n samples, path after path.
+    """
+    if isinstance(n, bool) or int(n) != n or n < 2:
+        raise ValueError(f"n must be a whole number of at least 2, both ends of the path, but got {n!r}")
+    check_state(field, a, "a")
+    check_state(field, b, "b")
+    if a.shape != b.shape:
+        raise ValueError(f"a and b must have one shape, but have {tuple(a.shape)} and {tuple(b.shape)}")
+    path = torch.stack([slerp(a.double(), b.double(), i / (n - 1)) for i in range(n)], dim=1)
+    return sample(field, path.flatten(0, 1), **options)
+
+
+# -- what they share ----------------------------------------------------------------------------
+class LatentWarning(UserWarning):
+    """A latent does not look like a draw from a unit Gaussian."""
+
+
+def _plan(
+    field: EpsilonField,
+    direction: str,
+    solver: str | Solver | None,
+    grid: GridLike | None,
+    steps: int | None,
+    nfe: int | None,
+) -> tuple[Solver, Grid]:
+    if not isinstance(field, EpsilonField):
+        raise TypeError(
+            f"field must be an EpsilonField, but got {type(field).__name__}: wrap a network as EpsilonField(model, schedule)"
+        )
+    default_solver, default_grid = DEFAULTS[direction]
+    method = get(default_solver if solver is None else solver)
+    grid = default_grid if grid is None else grid
+    if steps is not None and nfe is not None:
+        raise ValueError("steps and nfe are two ways to say one thing: give one of them")
+    if isinstance(grid, str):
+        if steps is None:
+            steps = method.steps(_NFE if nfe is None else nfe)
+        nodes = Grid.make(grid, field.schedule, steps)
+    else:
+        nodes = grid if isinstance(grid, Grid) else Grid.explicit(grid, field.schedule)
+        if steps is not None and steps != nodes.steps:
+            raise ValueError(f"steps = {steps} contradicts the grid given, which has {nodes.steps}: leave one out")
+        if nfe is not None and method.nfe(nodes.steps) > nfe:
+            raise ValueError(
+                f"nfe = {nfe} does not pay for the {nodes.steps} steps of the grid given: {method.name} takes {method.nfe(nodes.steps)} calls"
+            )
+    return method, nodes if nodes.encoding == (direction == "encode") else nodes.reversed()
+
+
+def _in_batches(
+    field: EpsilonField,
+    start: Tensor,
+    grid: Grid,
+    solver: Solver,
+    batch_size: int | None,
+    callback: Callable[[Step], Any] | None,
+    progress: bool,
+    trajectory: bool,
+) -> Solution:
+    if batch_size is not None and (int(batch_size) != batch_size or batch_size < 1):
+        raise ValueError(f"batch_size must be a whole number of at least 1, but got {batch_size!r}")
+    size = start.shape[0] if batch_size is None else int(batch_size)
+    parts = [
+        integrate(
+            field, start[i : i + size], grid, solver,
+            callback=callback, progress=progress, trajectory=trajectory, rows=slice(i, i + size),
+        )
+        for i in range(0, start.shape[0], size)
+    ]  # fmt: skip
+    return Solution.concatenate(parts)
+
+
+def _warn_if_not_latent(latent: Tensor) -> None:
+    size = latent[0].numel()
+    if isinstance(latent, FakeTensor) or size < 32:
+        return
+    flat = latent.flatten(1).double()
+    spread, largest = flat.std(dim=1), flat.abs().amax(dim=1)
+    odd = (spread - 1.0).abs() > 0.25 + 3.0 / math.sqrt(2.0 * size)
+    odd = torch.nonzero(odd | (largest <= 1.0 + 1e-3)).flatten().tolist()
+    if odd:
+        i = odd[0]
+        warnings.warn(
+            f"latent {i} has standard deviation {float(spread[i]):.3g} and largest value {float(largest[i]):.3g}, unlike a draw "
+            f"from a unit Gaussian{'' if len(odd) == 1 else f' (and so have {len(odd) - 1} more)'}: is it an image? "
+            "encode() makes latents of images",
+            LatentWarning,
+            stacklevel=3,
+        )
+
+
+def _check_range(images: Tensor, data_range: tuple[float, float] | None) -> None:
+    if data_range is None or images.ndim != 4 or isinstance(images, FakeTensor):
+        return
+    low, high = data_range
+    least, most = float(images.min()), float(images.max())
+    slack = 1e-3 * (high - low)
+    if least < low - slack or most > high + slack:
+        raise ValueError(
+            f"images must lie in [{low:g}, {high:g}], but span {least:.4g}…{most:.4g}; images in 0…255 become x / 127.5 - 1, "
+            "and data that is meant to leave the range is encoded with data_range=None"
+        )

@@ -1,0 +1,75 @@
+"""Solvers by name, and the contract for bringing your own."""
+
+from __future__ import annotations
+
+import difflib
+
+from ddim_ode.solvers.base import Clock, Solver, arctan, asinh, clock
+from ddim_ode.solvers.multistep import DATA, NOISE, Gaussian, Linear, Multistep
+from ddim_ode.solvers.runge_kutta import HEUN, KUTTA3, MIDPOINT, RK4, RungeKutta, Tableau
+
+__all__ = [
+    "Clock",
+    "DATA",
+    "Gaussian",
+    "Linear",
+    "Multistep",
+    "NOISE",
+    "RungeKutta",
+    "Solver",
+    "Tableau",
+    "arctan",
+    "asinh",
+    "clock",
+    "get",
+    "solvers",
+]
+
+_AB = "Adams–Bashforth on eq. 14; ρAB-DEIS of Zhang & Chen 2022, LMS of Karras et al.'s σ"
+_DEIS = "tAB-DEIS, Zhang & Chen 2022, exact integrals"
+_DPMPP = "DPM-Solver++ multistep, Lu et al. 2022, exact integrals for its finite differences"
+
+_MEMBERS: dict[str, Solver] = {
+    solver.name: solver
+    for solver in (
+        Multistep(1, label="ddim", source="eq. 13, Song, Meng & Ermon 2020; Adams–Bashforth 1"),
+        Multistep(1, clock="variance", quantity="score", label="pf-euler", source="eq. 15, after Song et al. 2021"),
+        *(Multistep(k, label=f"ab{k}", source=_AB) for k in (2, 3, 4)),
+        *(Multistep(k, clock="t", label=f"deis{k}", source=_DEIS) for k in (2, 3, 4)),
+        *(Multistep(k, clock="log", linear=DATA, label=f"dpmpp{k}m", source=_DPMPP) for k in (2, 3)),
+        *(RungeKutta(tableau) for tableau in (MIDPOINT, HEUN, KUTTA3, RK4)),
+    )
+}
+
+
+def solvers() -> list[Solver]:
+    """All named solvers, each with ``.name``, ``.order`` (with its default start), ``.nfe_per_step``, ``.source``."""
+    return list(_MEMBERS.values())
+
+
+def get(solver: str | Solver) -> Solver:
+    """A solver by name, or itself.
+
+    Parameters
+    ----------
+    solver : str or Solver
+        A name from :func:`solvers`; a multistep name with ``-rk`` behind it starts by Runge–Kutta and keeps its
+        full order. A solver is returned as it is.
+
+    Raises
+    ------
+    ValueError
+        If no solver has that name.
+    """
+    if isinstance(solver, Solver):
+        return solver
+    if isinstance(solver, str):
+        if solver in _MEMBERS:
+            return _MEMBERS[solver]
+        member = _MEMBERS.get(solver.removesuffix("-rk"))
+        if isinstance(member, Multistep) and member.k > 1:
+            return member.with_start("rk")
+        close = difflib.get_close_matches(solver, _MEMBERS, n=3, cutoff=0.3)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise ValueError(f"unknown solver {solver!r}: {hint}known solvers are {', '.join(_MEMBERS)}")
+    raise TypeError(f"solver must be a name or a Solver, but got {type(solver).__name__}")

@@ -1,0 +1,176 @@
+"""The contract every solver fulfils, and the clocks they step in."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddim_ode.grid import Grid
+from ddim_ode.schedule import NoiseSchedule
+
+__all__ = ["Clock", "Solver", "arctan", "asinh", "clock"]
+
+Array = NDArray[np.float64]
+Field = Callable[[Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Clock:
+    r"""A strictly increasing change of variable u(σ), in which a method's polynomials or stages are laid out.
+
+    Attributes
+    ----------
+    name : str
+        For records.
+    u : callable
+        u(σ), on float64 arrays. It may be −∞ at σ = 0.
+    sigma : callable
+        Its inverse, σ(u).
+    slope : callable
+        dσ/du, as a function of σ.
+    """
+
+    name: str
+    u: Callable[[Any], Any]
+    sigma: Callable[[Any], Any]
+    slope: Callable[[Any], Any]
+
+
+def arctan(c: float = 0.5) -> Clock:
+    """The clock arctan(σ/c): even in log-like steps near c, and short where σ is large."""
+    return Clock(f"arctan({c:g})", lambda s: np.arctan(s / c), lambda u: c * np.tan(u), lambda s: c + s * s / c)
+
+
+def asinh(c: float = 0.05) -> Clock:
+    """The clock asinh(σ/c): log σ above c, σ/c below it."""
+    return Clock(f"asinh({c:g})", lambda s: np.arcsinh(s / c), lambda u: c * np.sinh(u), lambda s: np.hypot(s, c))
+
+
+_CLOCKS: dict[str, Callable[[], Clock]] = {
+    "sigma": lambda: Clock("sigma", lambda s: s, lambda u: u, np.ones_like),
+    "log": lambda: Clock("log", np.log, np.exp, lambda s: s),
+    "variance": lambda: Clock("variance", lambda s: 0.5 * s * s, lambda u: np.sqrt(2.0 * u), lambda s: 1.0 / s),
+    "arctan": arctan,
+    "asinh": asinh,
+}
+
+
+def clock(name: str | Clock, schedule: NoiseSchedule) -> Clock:
+    """A clock by name, for one schedule.
+
+    Parameters
+    ----------
+    name : str or Clock
+        ``"sigma"``, ``"log"`` (log σ), ``"t"`` (the schedule's time), ``"variance"`` (σ²/2), ``"arctan"``
+        (:func:`arctan`), ``"asinh"`` (:func:`asinh`), or a clock, which is returned as it is.
+    schedule : NoiseSchedule
+        What ``"t"`` refers to.
+    """
+    if isinstance(name, Clock):
+        return name
+    if name == "t":
+        return Clock("t", schedule.t, schedule.sigma, lambda s: schedule.slope(schedule.t(s)))
+    if name not in _CLOCKS:
+        raise ValueError(f"unknown clock {name!r}: known are {', '.join((*_CLOCKS, 't'))}, or a Clock of your own")
+    return _CLOCKS[name]()
+
+
+class Solver(ABC):
+    r"""A method for :math:`d\bar x = \epsilon(\bar x, \sigma)\, d\sigma` on a given grid.
+
+    Subclass it to bring your own; every function takes an instance as ``solver=``. A solver sees the grid and
+    a field ``field(x_bar, sigma)``; it never sees a network, a device or a progress bar. It holds no state of
+    a run: :meth:`init` makes one, :meth:`step` returns the next, and neither changes what it was given.
+
+    Attributes
+    ----------
+    name : str
+        What it is called.
+    order : int
+        The order its error is proven and measured to fall at, start included.
+    nfe_per_step : int
+        Model calls a step, once started.
+    source : str
+        Where it comes from.
+
+    Examples
+    --------
+    The explicit trapezium, by hand:
+
+    >>> class Trapezium(Solver):
+    ...     name, order, nfe_per_step, source = "trapezium", 2, 2, "textbook"
+    ...     def init(self, field, x_bar, grid):
+    ...         return grid.sigmas.tolist()
+    ...     def step(self, field, x_bar, n, state):
+    ...         sigma, sigma_next = state[n], state[n + 1]
+    ...         first = field(x_bar, sigma)
+    ...         second = field(x_bar + (sigma_next - sigma) * first, sigma_next)
+    ...         return x_bar + 0.5 * (sigma_next - sigma) * (first + second), state, None
+    """
+
+    name: str
+    order: int
+    nfe_per_step: int
+    source: str
+
+    @abstractmethod
+    def init(self, field: Field, x_bar: Tensor, grid: Grid) -> Any:
+        r"""The state before the first step; all that depends on the grid alone is worked out here, on the host.
+
+        Parameters
+        ----------
+        field : callable
+            ``field(x_bar, sigma)``.
+        x_bar : Tensor
+            (B, \*d), the state at ``grid.sigmas[0]``.
+        grid : Grid
+            All nodes of the run.
+        """
+
+    @abstractmethod
+    def step(self, field: Field, x_bar: Tensor, n: int, state: Any) -> tuple[Tensor, Any, Tensor | None]:
+        r"""From ``grid.sigmas[n]`` to ``grid.sigmas[n + 1]``.
+
+        Returns
+        -------
+        x_bar : Tensor
+            The new state, (B, \*d).
+        state : Any
+            What the next step needs.
+        error : Tensor or None
+            An estimate of the local error, (B, \*d), if the method has one.
+        """
+
+    def stages(self, grid: Grid) -> Array:
+        """Every σ at which a run over `grid` asks the field; lets labels be made before the loop."""
+        return grid.sigmas[:-1]
+
+    def nfe(self, steps: int) -> int:
+        """Model calls of a sampling run of `steps` steps, start included."""
+        return steps * self.nfe_per_step
+
+    def steps(self, nfe: int) -> int:
+        """The most whole steps that a budget of `nfe` model calls pays for.
+
+        Raises
+        ------
+        ValueError
+            If it does not pay for one.
+        """
+        if isinstance(nfe, bool) or int(nfe) != nfe:
+            raise ValueError(f"nfe must be a whole number of model calls, but got {nfe!r}")
+        steps = 0
+        while self.nfe(steps + 1) <= nfe:
+            steps += 1
+        if steps == 0:
+            raise ValueError(f"nfe = {nfe} does not pay for one step of {self.name}, which takes {self.nfe(1)} calls")
+        return steps
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}: order {self.order}, {self.nfe_per_step} calls a step>"

@@ -1,0 +1,400 @@
+r"""One multistep formula for most samplers in use.
+
+Solve a linear part of eq. 14 exactly (propagator P), interpolate a quantity y by the polynomial through its
+last k evaluations in a clock u(σ), and integrate that polynomial exactly against a known kernel K:
+
+.. math:: \bar x(\sigma') = P(\sigma, \sigma')\,\bar x(\sigma)
+          + \sum_j y_{n-j} \int_\sigma^{\sigma'} K(s, \sigma')\, \ell_j(u(s))\, ds
+
+With :math:`\epsilon = a(\sigma)(\bar x - \mu) + g(\sigma)\, y` the pieces are :math:`\partial_{\sigma'} P = a P` and
+:math:`K = P g`. The linear part fixes a, the quantity fixes g, and the two are free of each other. The weights
+depend on the grid alone; they are worked out once, in float64, by a double-exponential quadrature.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddim_ode.grid import Grid
+from ddim_ode.solvers.base import Clock, Field, Solver, clock
+from ddim_ode.solvers.runge_kutta import KUTTA3, MIDPOINT, RungeKutta, _Stages, combine, run_stages
+
+__all__ = ["DATA", "Gaussian", "Linear", "Multistep", "NOISE"]
+
+Array = NDArray[np.float64]
+
+
+# -- linear parts -------------------------------------------------------------------------------
+class Linear(ABC):
+    r"""A linear part of eq. 14 that is solved exactly: :math:`\epsilon = a(\sigma)(\bar x - \mu) + \text{rest}`.
+
+    A run stores one tensor z an evaluation, with rest = h(σ) z; for all parts but :data:`DATA`, h = 1.
+    """
+
+    name: str
+    #: Whether a(0) is infinite, so that a step cannot leave σ = 0 by the formula.
+    singular: bool = False
+
+    @abstractmethod
+    def propagator(self, s: Array, to: float) -> Array:
+        """P(s, to), of shape ``s.shape + (directions or nothing)``."""
+
+    @abstractmethod
+    def stored(self, x_bar: Tensor, eps: Tensor, sigma: float) -> Tensor:
+        """What is kept of an evaluation: z."""
+
+    def h(self, sigma: float) -> float:
+        """Rest = h(σ) z."""
+        return 1.0
+
+    @abstractmethod
+    def advance(self, x_bar: Tensor, propagator: Any, weights: tuple[Any, ...], stored: tuple[Tensor, ...]) -> Tensor:
+        """P x̄ + Σ w_j z_j."""
+
+    def place(self, value: Array, like: Tensor) -> Any:
+        """A propagator or weight as the run wants it: a float, or a tensor over directions."""
+        return float(value)
+
+
+class _Noise(Linear):
+    """No linear part: P = 1, a = 0."""
+
+    name = "noise"
+
+    def propagator(self, s: Array, to: float) -> Array:
+        return np.ones_like(s)
+
+    def stored(self, x_bar: Tensor, eps: Tensor, sigma: float) -> Tensor:
+        return eps
+
+    def advance(self, x_bar: Tensor, propagator: Any, weights: tuple[Any, ...], stored: tuple[Tensor, ...]) -> Tensor:
+        return combine(x_bar, weights, stored)
+
+
+class _Data(Linear):
+    r"""a = 1/σ, P = σ'/s: exact where x̂₀ = x̄ − σε stands still. z = x̂₀."""
+
+    name = "data"
+    singular = True
+
+    def propagator(self, s: Array, to: float) -> Array:
+        return to / s
+
+    def stored(self, x_bar: Tensor, eps: Tensor, sigma: float) -> Tensor:
+        return x_bar.add(eps, alpha=-sigma)
+
+    def h(self, sigma: float) -> float:
+        return -1.0 / sigma
+
+    def advance(self, x_bar: Tensor, propagator: Any, weights: tuple[Any, ...], stored: tuple[Tensor, ...]) -> Tensor:
+        return combine(x_bar * propagator, weights, stored)
+
+
+NOISE: Linear = _Noise()
+DATA: Linear = _Data()
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussian(Linear):
+    r"""The linear part that is exact for data N(μ, U diag(λ) Uᵀ).
+
+    a = σ/(λ + σ²) and :math:`P = \sqrt{(\lambda + \sigma'^2)/(\lambda + s^2)}` along each direction.
+
+    Parameters
+    ----------
+    mean : Tensor
+        μ, (\*d) or anything that broadcasts to it.
+    variance : Tensor
+        λ > 0: a scalar (isotropic), (\*d) (diagonal), or (D,) with a basis, D the product of d.
+    basis : Tensor, optional
+        U, (D, D) orthogonal, columns the directions.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    basis: Tensor | None = None
+    name = "gaussian"
+
+    def __post_init__(self) -> None:
+        variance = torch.as_tensor(self.variance, dtype=torch.float64)
+        if not bool((variance > 0.0).all()):
+            raise ValueError(
+                f"variance must be positive in every direction, but the smallest is {float(variance.min()):.4g}"
+            )
+        object.__setattr__(self, "mean", torch.as_tensor(self.mean, dtype=torch.float64))
+        object.__setattr__(self, "variance", variance)
+        object.__setattr__(self, "_placed", {})
+        if self.basis is not None:
+            basis = torch.as_tensor(self.basis, dtype=torch.float64)
+            size = basis.shape[0]
+            if basis.shape != (size, size) or variance.shape != (size,):
+                raise ValueError(
+                    "basis must be (D, D) with variance (D,), but their shapes are "
+                    f"{tuple(basis.shape)} and {tuple(variance.shape)}"
+                )
+            if float((basis.T @ basis - torch.eye(size, dtype=torch.float64)).abs().max()) > 1e-6:
+                raise ValueError("basis must be orthogonal, but its columns are not (to 1e-6)")
+            object.__setattr__(self, "basis", basis)
+
+    def propagator(self, s: Array, to: float) -> Array:
+        variance = self.variance.numpy(force=True)
+        s = s.reshape(s.shape + (1,) * variance.ndim)
+        return np.sqrt((variance + to * to) / (variance + s * s))
+
+    def place(self, value: Array, like: Tensor) -> Any:
+        if value.ndim == 0:
+            return float(value)
+        return torch.from_numpy(np.ascontiguousarray(value)).to(like.device, like.dtype)
+
+    def _constants(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        key = (like.device, like.dtype)
+        if key not in self._placed:  # type: ignore[attr-defined]
+            self._placed[key] = tuple(  # type: ignore[attr-defined]
+                None if x is None else x.to(like.device, like.dtype) for x in (self.mean, self.variance, self.basis)
+            )
+        return self._placed[key]  # type: ignore[attr-defined]
+
+    def _turn(self, x: Tensor, basis: Tensor | None) -> Tensor:
+        return x if basis is None else x.flatten(1) @ basis
+
+    def stored(self, x_bar: Tensor, eps: Tensor, sigma: float) -> Tensor:
+        mean, variance, basis = self._constants(x_bar)
+        pull = sigma / (variance + sigma * sigma)
+        return self._turn(eps, basis) - pull * self._turn(x_bar - mean, basis)
+
+    def advance(self, x_bar: Tensor, propagator: Any, weights: tuple[Any, ...], stored: tuple[Tensor, ...]) -> Tensor:
+        mean, _, basis = self._constants(x_bar)
+        moved = propagator * self._turn(x_bar - mean, basis)
+        for weight, z in zip(weights, stored, strict=True):
+            moved = moved + weight * z
+        return mean + (moved if basis is None else (moved @ basis.T).reshape(x_bar.shape))
+
+
+# -- interpolated quantities: ε − a(x̄ − μ) = g(σ) y -----------------------------------------------
+_QUANTITIES = {
+    "noise": lambda s: np.ones_like(s),  # y = ε less its linear part
+    "data": lambda s: -1.0 / s,  # y = x̂₀ under DATA, x̂₀ − x̄ under NOISE
+    "score": lambda s: s,  # y = ε/σ, minus the score
+}
+
+
+# -- weights ------------------------------------------------------------------------------------
+def _double_exponential() -> tuple[Array, Array, Array]:
+    """Nodes x, 1 − x and weights on [0, 1]; both distances are accurate to the last place near the ends."""
+    tau = np.arange(-88, 89) / 24.0
+    e = np.exp(-np.pi * np.sinh(tau))
+    x, rest = 1.0 / (1.0 + e), e / (1.0 + e)
+    weights = np.cosh(tau) * x * rest
+    return x, rest, weights / weights.sum()
+
+
+_X, _REST, _WEIGHTS = _double_exponential()
+
+
+def _lagrange(nodes: Array, u: Array) -> Array:
+    """ℓ_j(u) through `nodes`, (k, *u.shape)."""
+    out = np.ones((nodes.size, *np.shape(u)))
+    for j, own in enumerate(nodes):
+        for i, other in enumerate(nodes):
+            if i != j:
+                out[j] *= (u - other) / (own - other)
+    return out
+
+
+class _Step(NamedTuple):
+    """One step, as numbers. `propagator` None: x̄ + weights[0] ε (eq. 13). `weights` None: stay."""
+
+    sigma: float
+    propagator: Any
+    weights: tuple[Any, ...] | None
+
+
+class _State(NamedTuple):
+    plan: tuple[_Step | _Stages, ...]
+    history: tuple[Tensor, ...]  # newest first
+
+
+@dataclass(frozen=True, repr=False)
+class Multistep(Solver):
+    r"""A member of the multistep family: linear part × quantity × clock × order.
+
+    Parameters
+    ----------
+    k : int
+        Evaluations the polynomial goes through, 1–4: the order once started.
+    clock : str or Clock
+        The variable of the polynomial: ``"sigma"``, ``"t"``, ``"log"``, ``"arctan"``, …; see
+        :func:`ddim_ode.solvers.base.clock`.
+    linear : Linear
+        The part solved exactly: :data:`NOISE` (none), :data:`DATA`, or a :class:`Gaussian`.
+    quantity : {"noise", "data", "score"}
+        What is interpolated: ε (less its linear part), x̂₀, or ε/σ. By default noise, and data under DATA.
+    start : {"ramp", "rk"}
+        How the first k − 1 steps are made. ``"ramp"``: with the evaluations there are, one call a step; the
+        first step is Euler's, so the order is at most 2. ``"rk"``: by a Runge–Kutta method of order k − 1 in
+        the clock σ, which keeps order k and costs k − 1 calls a step.
+    label : str, optional
+        The name, where it has one in the field.
+
+    Notes
+    -----
+    A step that touches σ = 0 uses order 1 where its clock is infinite there (log σ), and eq. 13 where the
+    integral would diverge. ``score`` cannot leave σ = 0: ε/σ does not exist there, so an encoding run starts
+    at the first σ above it, from the data as it is, and that step costs no call.
+    """
+
+    k: int = 1
+    clock: str | Clock = "sigma"
+    linear: Linear = NOISE
+    quantity: str | None = None
+    start: Literal["ramp", "rk"] = "ramp"
+    label: str = ""
+    source: str = "the multistep family, docs/solvers.md"
+
+    def __post_init__(self) -> None:
+        if self.k not in (1, 2, 3, 4):
+            raise ValueError(f"k, the order of a multistep member, must be 1, 2, 3 or 4, but got {self.k!r}")
+        if self.start not in ("ramp", "rk"):
+            raise ValueError(f'start must be "ramp" or "rk", but got {self.start!r}')
+        if self.quantity is None:
+            object.__setattr__(self, "quantity", "data" if self.linear is DATA else "noise")
+        if self.quantity not in _QUANTITIES:
+            raise ValueError(f"unknown quantity {self.quantity!r}: known are {', '.join(_QUANTITIES)}")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        at = self.clock if isinstance(self.clock, str) else self.clock.name
+        name = self.label or f"multistep{self.k}-{self.linear.name}-{self.quantity}-{at}"
+        return name if self.start == "ramp" else f"{name}-rk"
+
+    @property
+    def order(self) -> int:  # type: ignore[override]
+        return self.k if self.start == "rk" else min(self.k, 2)
+
+    @property
+    def nfe_per_step(self) -> int:  # type: ignore[override]
+        return 1
+
+    @property
+    def _starter(self) -> RungeKutta | None:
+        """The Runge–Kutta method of order k − 1 that starts an ``rk`` run; Euler's needs no other code."""
+        return {3: RungeKutta(MIDPOINT), 4: RungeKutta(KUTTA3)}.get(self.k) if self.start == "rk" else None
+
+    def nfe(self, steps: int) -> int:
+        starter = self._starter
+        extra = 0 if starter is None else min(steps, self.k - 1) * (starter.nfe_per_step - 1)
+        return steps + extra
+
+    def with_start(self, start: Literal["ramp", "rk"]) -> Multistep:
+        """The same member with another start."""
+        return replace(self, start=start)
+
+    def stages(self, grid: Grid) -> Array:
+        return np.array(
+            [s for step in self.plan(grid) for s in (step.sigmas if isinstance(step, _Stages) else (step.sigma,))]
+        )
+
+    def plan(self, grid: Grid) -> tuple[_Step | _Stages, ...]:
+        """Propagators and weights of every step of `grid`, as float64 numbers."""
+        return _plan(self, grid)
+
+    def init(self, field: Field, x_bar: Tensor, grid: Grid) -> _State:
+        place = self.linear.place
+        plan = tuple(
+            step
+            if isinstance(step, _Stages) or step.weights is None
+            else _Step(
+                step.sigma,
+                None if step.propagator is None else place(step.propagator, x_bar),
+                tuple(float(w) if step.propagator is None else place(w, x_bar) for w in step.weights),
+            )
+            for step in self.plan(grid)
+        )
+        return _State(plan, ())
+
+    def step(self, field: Field, x_bar: Tensor, n: int, state: _State) -> tuple[Tensor, _State, Tensor | None]:
+        plan, history = state
+        step = plan[n]
+        if isinstance(step, _Stages):
+            moved, eps = run_stages(field, x_bar, step)
+            z = self.linear.stored(x_bar, eps, step.sigmas[0])
+            return moved, _State(plan, (z, *history)[: self.k - 1]), None
+        sigma, propagator, weights = step
+        if weights is None:
+            return x_bar, state, None
+        eps = field(x_bar, sigma)
+        z = self.linear.stored(x_bar, eps, sigma)
+        history = (z, *history)
+        if propagator is None:
+            moved = x_bar.add(eps, alpha=weights[0])
+        else:
+            moved = self.linear.advance(x_bar, propagator, weights, history[: len(weights)])
+        return moved, _State(plan, history[: self.k - 1]), None
+
+
+@lru_cache(maxsize=64)
+def _plan(member: Multistep, grid: Grid) -> tuple[_Step | _Stages, ...]:
+    sigmas = grid.sigmas
+    u = clock(member.clock, grid.schedule)
+    with np.errstate(divide="ignore"):
+        ticks = np.asarray(u.u(sigmas), dtype=np.float64)
+    moves = np.diff(ticks[np.isfinite(ticks)])
+    if np.isnan(ticks).any() or not (np.all(moves > 0.0) or np.all(moves < 0.0)):
+        raise ValueError(f"clock {u.name!r} is not strictly monotone over the grid {grid!r}")
+    starter = member._starter
+    started = () if starter is None else starter.plan(grid)
+    out: list[_Step | _Stages] = []
+    for n in range(grid.steps):
+        if n < min(member.k - 1, len(started)):
+            out.append(started[n])
+            continue
+        past = [n - j for j in range(min(member.k, n + 1))]
+        out.append(_weigh(member, u, sigmas[past], ticks[past], float(sigmas[n + 1]), float(ticks[n + 1])))
+    return tuple(out)
+
+
+def _weigh(member: Multistep, u: Clock, sigmas: Array, ticks: Array, to: float, tick_to: float) -> _Step:
+    """P and the weights on the stored z of one step from sigmas[0] to `to`; `sigmas` holds the past, newest first."""
+    linear, quantity = member.linear, str(member.quantity)
+    sigma = float(sigmas[0])
+    euler = _Step(sigma, None, (to - sigma,))
+    if sigma == 0.0 and quantity == "score":
+        return _Step(sigma, None, None)
+    if sigma == 0.0 and (linear.singular or quantity == "data"):
+        return euler
+    usable = np.isfinite(ticks) & ((sigmas > 0.0) | (quantity != "score"))
+    # The polynomial runs through the unbroken newest stretch; an infinite clock at either end leaves one point.
+    count = 1 if not (usable[0] and np.isfinite(tick_to)) else int(np.argmin(usable)) or usable.size
+    if to == 0.0 and (linear.singular or quantity == "data"):
+        if not (linear.singular and quantity == "data"):
+            return euler
+        # P → 0 and the kernel becomes a delta at σ = 0: x̄ is the polynomial's own value there.
+        weights = _lagrange(ticks[:count], np.float64(tick_to)) if count > 1 else np.ones(1)
+        return _Step(sigma, np.float64(0.0), tuple(weights))
+    s = sigma * _REST + to * _X
+    if count > 1:
+        basis = _lagrange(ticks[:count], np.asarray(u.u(s), dtype=np.float64))
+    else:
+        basis = np.ones((1, s.size))
+    g = _QUANTITIES[quantity]
+    kernel = linear.propagator(s, to)
+    factor = (to - sigma) * _WEIGHTS * g(s) * basis
+    integrals = np.tensordot(factor, kernel, axes=(1, 0))
+    # y = (rest)/g = h z / g at each past node; both are finite there but where y vanishes with σ.
+    turn = [
+        1.0
+        if linear.singular and quantity == "data"
+        else linear.h(x) / g(np.float64(x))
+        if x > 0.0 or quantity == "noise"
+        else 0.0
+        for x in sigmas[:count].tolist()
+    ]
+    return _Step(sigma, linear.propagator(np.float64(sigma), to), tuple(integrals[j] * turn[j] for j in range(count)))

@@ -1,0 +1,264 @@
+r"""Training a noise predictor: eq. 5 with γ = 1.
+
+.. math:: L = E_{t, x_0, \epsilon} \| \epsilon_\theta(\sqrt{\alpha_t}\, x_0 + \sqrt{1 - \alpha_t}\, \epsilon,\ t) - \epsilon \|^2
+
+Labels are drawn from the whole interval [0, T − 1], fractions included, because the ODE's solvers ask for
+fractional labels; each batch spreads its labels evenly over the interval, which leaves the expectation
+alone and lowers its variance. What a step draws depends on the seed and the step's number only, so that a
+resumed run is the run that was not interrupted.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ddim_ode.data import from_uint8
+from ddim_ode.files import replacing
+from ddim_ode.schedule import NoiseSchedule
+
+__all__ = ["TrainingOptions", "sigma_loss", "train"]
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train.
+
+    Attributes
+    ----------
+    steps : int
+        Updates in all. A run may be resumed with another number.
+    batch_size : int
+        Images an update.
+    lr : float
+        AdamW's learning rate after the warm-up.
+    warmup : int
+        Updates over which the learning rate rises.
+    cooldown : float
+        Share of `steps` at the end over which it falls linearly to 0.
+    ema : float
+        Decay of the exponential moving average of the weights, which is what sampling uses.
+    clip : float
+        Largest norm of the gradient.
+    flip : bool
+        Whether to mirror half the images left to right.
+    seed : int
+        Seed of everything random.
+    autocast : bool
+        Whether to run the network in bfloat16 autocast.
+    compile : bool
+        Whether to pass the network through ``torch.compile``.
+    """
+
+    steps: int = 20_000
+    batch_size: int = 64
+    lr: float = 5e-4
+    warmup: int = 500
+    cooldown: float = 0.25
+    ema: float = 0.999
+    clip: float = 1.0
+    flip: bool = False
+    seed: int = 0
+    autocast: bool = True
+    compile: bool = False
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of update `step`, counted from 0."""
+        rise = min(1.0, (step + 1) / max(self.warmup, 1))
+        fall = min(1.0, (self.steps - step) / max(self.cooldown * self.steps, 1.0))
+        return self.lr * rise * fall
+
+
+def train(
+    network: nn.Module,
+    images: np.ndarray,
+    schedule: NoiseSchedule,
+    out: Path,
+    options: TrainingOptions,
+    *,
+    device: str | torch.device = "cpu",
+    save_every: int = 500,
+    on_save: Callable[[nn.Module, int], None] | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> nn.Module:
+    """Train `network` in place and return its moving average; go on from ``out/checkpoint.pt`` if it is there.
+
+    Parameters
+    ----------
+    network : Module
+        ``network(x, t)``, x in variance-preserving coordinates, t the 0-based label.
+    images : ndarray
+        uint8 (N, C, H, W).
+    schedule : NoiseSchedule
+        A discrete schedule.
+    out : Path
+        Folder for ``checkpoint.pt`` (network, average, optimiser, step) and ``log.csv`` (step, loss, learning
+        rate, seconds).
+    options : TrainingOptions
+        How to train.
+    device : device
+        Where.
+    save_every : int
+        Updates between checkpoints and log lines.
+    on_save : callable, optional
+        ``on_save(average, step)`` after each checkpoint.
+    progress : callable, optional
+        ``progress(step, loss)`` after each update.
+
+    Returns
+    -------
+    Module
+        The moving average of the weights, in evaluation mode.
+    """
+    network = network.to(device).train()
+    average = copy.deepcopy(network).eval().requires_grad_(False)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=options.lr, weight_decay=0.0, betas=(0.9, 0.99))
+    checkpoint = out / "checkpoint.pt"
+    step = 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        network.load_state_dict(saved["network"])
+        average.load_state_dict(saved["average"])
+        optimiser.load_state_dict(saved["optimiser"])
+        step = saved["step"]
+        _keep_log(out / "log.csv", step)
+    run = torch.compile(network, dynamic=False) if options.compile else network
+    parameters, averaged = list(network.parameters()), list(average.parameters())
+
+    losses: list[Tensor] = []
+    since = time.monotonic()
+    while step < options.steps:
+        x, t, noise = _batch(images, schedule, options, step, device)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=options.autocast):
+            predicted = run(x, t)
+        loss = (predicted.to(torch.float32) - noise).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, options.clip)
+        for group in optimiser.param_groups:
+            group["lr"] = options.learning_rate(step)
+        optimiser.step()
+        optimiser.zero_grad()
+        step += 1
+        decay = min(options.ema, (1.0 + step) / (10.0 + step))
+        torch._foreach_lerp_(averaged, parameters, 1.0 - decay)
+        losses.append(loss.detach())
+        if progress is not None:
+            progress(step, float(losses[-1]))
+        if step % save_every == 0 or step == options.steps:
+            row = [step, float(torch.stack(losses).mean()), options.learning_rate(step - 1), time.monotonic() - since]
+            state = {"network": network.state_dict(), "average": average.state_dict()}
+            state |= {"optimiser": optimiser.state_dict(), "step": step, "options": asdict(options)}
+            with replacing(checkpoint) as temporary:
+                torch.save(state, temporary)
+            _append(out / "log.csv", row)
+            if on_save is not None:
+                on_save(average, step)
+            losses, since = [], time.monotonic()
+    return average
+
+
+def _batch(
+    images: np.ndarray, schedule: NoiseSchedule, options: TrainingOptions, step: int, device: str | torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The noised images, labels and noise of one update: a function of (seed, step)."""
+    size, count = options.batch_size, len(images)
+    first = step * size
+    rows = np.concatenate(
+        [_order(count, options.seed, epoch) for epoch in range(first // count, (first + size - 1) // count + 1)]
+    )
+    chosen = from_uint8(images[rows[first % count : first % count + size]])
+    random = torch.Generator().manual_seed(
+        int(np.random.SeedSequence((options.seed, step)).generate_state(1, np.uint64)[0] >> 1)
+    )
+    if options.flip:
+        mirrored = torch.rand(size, generator=random) < 0.5
+        chosen = torch.where(mirrored[:, None, None, None], chosen.flip(-1), chosen)
+    offset = torch.rand((), generator=random, dtype=torch.float64)
+    t = (torch.arange(size) + offset) / size * (schedule.T - 1.0)
+    alpha = torch.from_numpy(schedule.alpha(t.numpy() + 1.0)).to(torch.float32).reshape(-1, 1, 1, 1)
+    noise = torch.randn(chosen.shape, generator=random)
+    x = alpha.sqrt() * chosen + (1.0 - alpha).sqrt() * noise
+    return x.to(device), t.to(device, torch.float32), noise.to(device)
+
+
+_orders: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the images in an epoch; the last two asked for are kept."""
+    key = (count, seed, epoch)
+    if key not in _orders:
+        while len(_orders) > 1:
+            del _orders[next(iter(_orders))]
+        _orders[key] = np.random.default_rng((seed, epoch)).permutation(count)
+    return _orders[key]
+
+
+def _append(path: Path, row: Sequence[Any]) -> None:
+    new = not path.exists()
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(["step", "loss", "learning_rate", "seconds"])
+        writer.writerow(row)
+
+
+def _keep_log(path: Path, step: int) -> None:
+    """Drop log lines of updates that the checkpoint does not hold."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        with replacing(path) as temporary:
+            temporary.write_text(
+                "".join(lines[:1] + [x for x in lines[1:] if int(x.split(",")[0]) <= step]), encoding="utf-8"
+            )
+
+
+@torch.no_grad()
+def sigma_loss(
+    epsilon: Callable[[Tensor, float], Tensor],
+    images: np.ndarray,
+    sigmas: Sequence[float],
+    *,
+    seed: int = 0,
+    batch_size: int = 250,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> dict[float, float]:
+    r"""The noise-prediction loss :math:`E |\hat\epsilon(x_0 + \sigma\epsilon, \sigma) - \epsilon|^2`, per dimension, at each σ.
+
+    Every image is used once a σ, with noise that depends on the seed and the image alone, so that two
+    predictors are compared on the same inputs.
+
+    Parameters
+    ----------
+    epsilon : callable
+        ``epsilon(x_bar, sigma)``: a field, or an exact model.
+    images : ndarray
+        uint8 (N, C, H, W).
+    sigmas : sequence of float
+        Noise levels.
+
+    Returns
+    -------
+    dict
+        Mean squared error per dimension, by σ.
+    """
+    totals = {float(sigma): 0.0 for sigma in sigmas}
+    for start in range(0, len(images), batch_size):
+        x0 = from_uint8(images[start : start + batch_size], dtype).to(device)
+        random = torch.Generator().manual_seed(
+            int(np.random.SeedSequence((seed, start)).generate_state(1, np.uint64)[0] >> 1)
+        )
+        noise = torch.randn(x0.shape, generator=random).to(device, dtype)
+        for sigma in totals:
+            totals[sigma] += float((epsilon(x0 + sigma * noise, sigma) - noise).square().sum())
+    return {sigma: total / images.size for sigma, total in totals.items()}
