@@ -18,7 +18,16 @@ from torch import Tensor
 
 from ddim_ode.files import replacing
 
-__all__ = ["find_fashion_mnist", "from_uint8", "read_images", "to_uint8", "write_images"]
+__all__ = [
+    "bundled_images",
+    "find_fashion_mnist",
+    "from_uint8",
+    "read_array",
+    "read_images",
+    "to_uint8",
+    "write_array",
+    "write_images",
+]
 
 Uint8 = NDArray[np.uint8]
 
@@ -34,6 +43,11 @@ def from_uint8(images: Uint8, dtype: torch.dtype = torch.float32) -> Tensor:
 def to_uint8(images: Tensor) -> Uint8:
     """Images in [−1, 1] as 0…255, rounded; what lies outside is clipped."""
     return ((images.detach().to("cpu", torch.float64).clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8).numpy()
+
+
+def bundled_images() -> Uint8:
+    """The first 64 test images of Fashion-MNIST, which come with the package: uint8 (64, 1, 28, 28)."""
+    return read_images(Path(__file__).parent / "models" / "bundled" / "fashion-mnist-test-64.npz")
 
 
 def find_fashion_mnist(split: str = "train") -> Uint8:
@@ -134,22 +148,28 @@ def write_images(path: str | os.PathLike[str], images: Tensor, columns: int | No
         Images a row of a sheet; by default as square as it goes.
     """
     path = Path(path)
-    array = images.detach().cpu().numpy()
     if path.suffix == ".png":
-        if array.ndim != 4 or array.shape[1] not in (1, 3):
+        if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(
-                f"a PNG needs images (N, 1 or 3, H, W), but these have shape {tuple(array.shape)}; write .npz"
+                f"a PNG needs images (N, 1 or 3, H, W), but these have shape {tuple(images.shape)}; write .npz"
             )
         with replacing(path) as temporary:
             Image.fromarray(sheet(to_uint8(images), columns)).save(temporary, format="PNG")
-    elif path.suffix == ".npz":
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, images=array)
-    elif path.suffix == ".npy":
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, array)
     else:
-        raise ValueError(f"cannot write images as {path.suffix or 'a file with no ending'}: use .png, .npz or .npy")
+        write_array(path, images, "images")
+
+
+def write_array(path: str | os.PathLike[str], tensor: Tensor, name: str) -> None:
+    """Write a tensor as an ``.npz``, under `name`, or as an ``.npy``."""
+    path = Path(path)
+    if path.suffix not in (".npz", ".npy"):
+        raise ValueError(f"cannot write {path.name}: use .png (images only), .npz or .npy")
+    array = tensor.detach().cpu().numpy()
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        if path.suffix == ".npz":
+            np.savez(file, **{name: array})
+        else:
+            np.save(file, array)
 
 
 def sheet(images: Uint8, columns: int | None = None, gap: int = 1) -> Uint8:
@@ -176,7 +196,8 @@ def _picture(path: Path) -> Uint8:
 
 def _idx(path: Path) -> Uint8:
     try:
-        raw = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
     except (OSError, EOFError) as error:
         raise ValueError(f"{path} is not a whole gzip file: {error}") from error
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or raw[3] != 3:
@@ -184,7 +205,9 @@ def _idx(path: Path) -> Uint8:
     n, height, width = (int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(3))
     if len(raw) != 16 + n * height * width:
         raise ValueError(f"{path} says {n} images of {height}x{width} but holds {len(raw) - 16} bytes: it is cut short")
-    return np.frombuffer(raw, dtype=np.uint8, offset=16).reshape(n, 1, height, width)
+    return (
+        np.frombuffer(raw, dtype=np.uint8, offset=16).reshape(n, 1, height, width).copy()
+    )  # writable, as torch wants it
 
 
 def _as_images(array: NDArray[Any], path: Path) -> Uint8:

@@ -244,10 +244,12 @@ class EpsilonField:
             labels = self.schedule.label(values)
             if self.label == "nearest":
                 labels = np.rint(labels)
-            for sigma, label in zip(values.tolist(), labels.tolist(), strict=True):
+            # One tensor for all levels, a row each: one copy to the device, not one a level.
+            columns = torch.from_numpy(labels).to(device, label_dtype).unsqueeze(1)
+            columns = columns.repeat(1, 2 * batch if doubled else batch)
+            for sigma, t in zip(values.tolist(), columns.unbind(), strict=True):
                 # A network's σ = 0 is its first trained level: see the class's notes.
                 a, b = PREDICTIONS[self.prediction](sigma or self.schedule.sigma_min)
-                t = torch.full((2 * batch if doubled else batch,), label, dtype=label_dtype, device=device)
                 table[sigma] = ((1.0 + sigma * sigma) ** -0.5, t, a, b)
 
         learn(sigmas)
@@ -265,7 +267,7 @@ class EpsilonField:
                 entry = table[float(sigma)]
             scale, t, a, b = entry
             self.nfe += 1
-            x = x_bar * scale if state == dtype else x_bar.to(dtype) * scale
+            x = x_bar * scale if state == dtype else x_bar.to(dtype).mul_(scale)
             if bare:
                 out = call(x, t)
             else:

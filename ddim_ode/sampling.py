@@ -368,19 +368,19 @@ def _in_batches(
 ) -> Solution:
     if batch_size is not None and (int(batch_size) != batch_size or batch_size < 1):
         raise ValueError(f"batch_size must be a whole number of at least 1, but got {batch_size!r}")
-    size = start.shape[0] if batch_size is None else int(batch_size)
+    options: dict[str, Any] = {"callback": callback, "progress": progress, "trajectory": trajectory}
+    if batch_size is None or batch_size >= start.shape[0]:
+        return integrate(field, start, grid, solver, **options)
+    size = int(batch_size)
     parts = [
-        integrate(
-            field, start[i : i + size], grid, solver,
-            callback=callback, progress=progress, trajectory=trajectory, rows=slice(i, i + size),
-        )
-        for i in range(0, start.shape[0], size)
-    ]  # fmt: skip
+        integrate(field, part, grid, solver, rows=slice(i * size, i * size + part.shape[0]), **options)
+        for i, part in enumerate(start.split(size))
+    ]
     return Solution.concatenate(parts)
 
 
 def _warn_if_not_latent(latent: Tensor) -> None:
-    size = latent[0].numel()
+    size = math.prod(latent.shape[1:])
     if isinstance(latent, FakeTensor) or size < 32:
         return
     flat = latent.flatten(1).double()

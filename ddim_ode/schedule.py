@@ -387,8 +387,9 @@ class _Discrete(NoiseSchedule):
             excess = self._log_variance(t) - target
             low, high = np.where(excess < 0.0, t, low), np.where(excess > 0.0, t, high)
             step = t - excess / self._log_variance_slope(t)
-            step = np.where((step > low) & (step < high), step, 0.5 * (low + high))
-            if np.all((np.abs(step - t) <= 4e-16 * t) | (excess == 0.0)):
+            step = np.where((step >= low) & (step <= high), step, 0.5 * (low + high))
+            # Below a few 1e-14 the curve's own rounding is all that is left.
+            if np.all((np.abs(step - t) <= 3e-14 * t) | (excess == 0.0) | hit):
                 break
             t = np.where(excess == 0.0, t, step)
         t = np.where(hit, np.minimum(right + 1.0, self.T), t)

@@ -24,7 +24,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     half = dim // 2
     t = t.to(torch.promote_types(t.dtype, torch.float32))
     frequencies = torch.exp(torch.arange(half, dtype=t.dtype, device=t.device) * (-math.log(10000.0) / (half - 1)))
-    angles = t[:, None] * frequencies
+    angles = t.unsqueeze(1) * frequencies
     return functional.pad(torch.cat((angles.sin(), angles.cos()), dim=1), (0, dim % 2))
 
 
@@ -47,7 +47,7 @@ class _ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         h = self.conv1(functional.silu(self.norm1(x)))
-        h = h + self.temb_proj(time)[:, :, None, None]
+        h = h + self.temb_proj(time).unsqueeze(-1).unsqueeze(-1)
         h = self.conv2(self.dropout(functional.silu(self.norm2(h))))
         return self.nin_shortcut(x) + h
 
@@ -275,7 +275,7 @@ class GaussianResidual(nn.Module):
         h = 1e-3
         inner = np.clip(nodes, nodes[0] + h, nodes[-1] - h)  # the end slopes, one step of h inside
         slope = (np.log(schedule.sigma(inner + h)) - np.log(schedule.sigma(inner - h))) / (2 * h)
-        table = torch.from_numpy(np.stack((log_sigma, slope), axis=1))
+        table = torch.tensor(np.stack((log_sigma, slope), axis=1))
         self.register_buffer("table", table, persistent=False)
         self.register_buffer("mean", mean.to(torch.float32))
         self.std = float(std)
@@ -286,7 +286,7 @@ class GaussianResidual(nn.Module):
         left = t.floor().clamp(max=self.table.shape[0] - 2.0)
         u = t - left
         index = left.to(torch.int64)
-        (y0, m0), (y1, m1) = self.table[index].unbind(1), self.table[index + 1].unbind(1)
+        (y0, m0), (y1, m1) = (self.table.index_select(0, i).unbind(1) for i in (index, index + 1))
         cubic = y0 + u * (m0 + u * (3 * (y1 - y0) - 2 * m0 - m1 + u * (2 * (y0 - y1) + m0 + m1)))
         return cubic.exp()
 

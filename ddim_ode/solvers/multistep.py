@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -42,6 +42,8 @@ class Linear(ABC):
     name: str
     #: Whether a(0) is infinite, so that a step cannot leave σ = 0 by the formula.
     singular: bool = False
+    #: Whether propagators and weights are arrays over directions, not numbers.
+    directed: bool = False
 
     @abstractmethod
     def propagator(self, s: Array, to: float) -> Array:
@@ -60,8 +62,8 @@ class Linear(ABC):
         """P x̄ + Σ w_j z_j."""
 
     def place(self, value: Array, like: Tensor) -> Any:
-        """A propagator or weight as the run wants it: a float, or a tensor over directions."""
-        return float(value)
+        """A propagator or weight over directions, as a tensor."""
+        return torch.from_numpy(np.ascontiguousarray(value)).to(like.device, like.dtype)
 
 
 class _Noise(Linear):
@@ -95,7 +97,10 @@ class _Data(Linear):
         return -1.0 / sigma
 
     def advance(self, x_bar: Tensor, propagator: Any, weights: tuple[Any, ...], stored: tuple[Tensor, ...]) -> Tensor:
-        return combine(x_bar * propagator, weights, stored)
+        moved = x_bar * propagator
+        for weight, z in zip(weights, stored, strict=True):
+            moved.add_(z, alpha=weight)
+        return moved
 
 
 NOISE: Linear = _Noise()
@@ -131,6 +136,7 @@ class Gaussian(Linear):
             )
         object.__setattr__(self, "mean", torch.as_tensor(self.mean, dtype=torch.float64))
         object.__setattr__(self, "variance", variance)
+        object.__setattr__(self, "_host", variance.numpy(force=True))  # the weights are worked out on the host
         object.__setattr__(self, "_placed", {})
         if self.basis is not None:
             basis = torch.as_tensor(self.basis, dtype=torch.float64)
@@ -145,14 +151,13 @@ class Gaussian(Linear):
             object.__setattr__(self, "basis", basis)
 
     def propagator(self, s: Array, to: float) -> Array:
-        variance = self.variance.numpy(force=True)
+        variance = self._host  # type: ignore[attr-defined]
         s = s.reshape(s.shape + (1,) * variance.ndim)
         return np.sqrt((variance + to * to) / (variance + s * s))
 
-    def place(self, value: Array, like: Tensor) -> Any:
-        if value.ndim == 0:
-            return float(value)
-        return torch.from_numpy(np.ascontiguousarray(value)).to(like.device, like.dtype)
+    @property
+    def directed(self) -> bool:  # type: ignore[override]
+        return self.variance.ndim > 0
 
     def _constants(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         key = (like.device, like.dtype)
@@ -307,17 +312,15 @@ class Multistep(Solver):
         return _plan(self, grid)
 
     def init(self, field: Field, x_bar: Tensor, grid: Grid) -> _State:
-        place = self.linear.place
-        plan = tuple(
-            step
-            if isinstance(step, _Stages) or step.weights is None
-            else _Step(
-                step.sigma,
-                None if step.propagator is None else place(step.propagator, x_bar),
-                tuple(float(w) if step.propagator is None else place(w, x_bar) for w in step.weights),
+        plan = self.plan(grid)
+        if self.linear.directed:
+            place = partial(self.linear.place, like=x_bar)
+            plan = tuple(
+                step
+                if isinstance(step, _Stages) or step.propagator is None or step.weights is None
+                else _Step(step.sigma, place(step.propagator), tuple(map(place, step.weights)))
+                for step in plan
             )
-            for step in self.plan(grid)
-        )
         return _State(plan, ())
 
     def step(self, field: Field, x_bar: Tensor, n: int, state: _State) -> tuple[Tensor, _State, Tensor | None]:
@@ -349,6 +352,10 @@ def _plan(member: Multistep, grid: Grid) -> tuple[_Step | _Stages, ...]:
     moves = np.diff(ticks[np.isfinite(ticks)])
     if np.isnan(ticks).any() or not (np.all(moves > 0.0) or np.all(moves < 0.0)):
         raise ValueError(f"clock {u.name!r} is not strictly monotone over the grid {grid!r}")
+    # All quadrature nodes at once: a clock may be costly to read (t inverts a spline).
+    nodes = sigmas[:-1, None] * _REST + sigmas[1:, None] * _X
+    with np.errstate(divide="ignore"):
+        clocks = np.asarray(u.u(nodes), dtype=np.float64) if member.k > 1 else nodes
     starter = member._starter
     started = () if starter is None else starter.plan(grid)
     out: list[_Step | _Stages] = []
@@ -357,12 +364,14 @@ def _plan(member: Multistep, grid: Grid) -> tuple[_Step | _Stages, ...]:
             out.append(started[n])
             continue
         past = [n - j for j in range(min(member.k, n + 1))]
-        out.append(_weigh(member, u, sigmas[past], ticks[past], float(sigmas[n + 1]), float(ticks[n + 1])))
+        out.append(
+            _weigh(member, sigmas[past], ticks[past], float(sigmas[n + 1]), float(ticks[n + 1]), nodes[n], clocks[n])
+        )
     return tuple(out)
 
 
-def _weigh(member: Multistep, u: Clock, sigmas: Array, ticks: Array, to: float, tick_to: float) -> _Step:
-    """P and the weights on the stored z of one step from sigmas[0] to `to`; `sigmas` holds the past, newest first."""
+def _weigh(member: Multistep, sigmas: Array, ticks: Array, to: float, tick_to: float, s: Array, clocks: Array) -> _Step:
+    """P and the weights on the stored z of one step from sigmas[0] to `to`; `sigmas` and `ticks` are the past, newest first; `s`, `clocks` the quadrature's."""
     linear, quantity = member.linear, str(member.quantity)
     sigma = float(sigmas[0])
     euler = _Step(sigma, None, (to - sigma,))
@@ -378,12 +387,8 @@ def _weigh(member: Multistep, u: Clock, sigmas: Array, ticks: Array, to: float, 
             return euler
         # P → 0 and the kernel becomes a delta at σ = 0: x̄ is the polynomial's own value there.
         weights = _lagrange(ticks[:count], np.float64(tick_to)) if count > 1 else np.ones(1)
-        return _Step(sigma, np.float64(0.0), tuple(weights))
-    s = sigma * _REST + to * _X
-    if count > 1:
-        basis = _lagrange(ticks[:count], np.asarray(u.u(s), dtype=np.float64))
-    else:
-        basis = np.ones((1, s.size))
+        return _Step(sigma, 0.0, tuple(map(float, weights)))
+    basis = _lagrange(ticks[:count], clocks) if count > 1 else np.ones((1, s.size))
     g = _QUANTITIES[quantity]
     kernel = linear.propagator(s, to)
     factor = (to - sigma) * _WEIGHTS * g(s) * basis
@@ -397,4 +402,8 @@ def _weigh(member: Multistep, u: Clock, sigmas: Array, ticks: Array, to: float, 
         else 0.0
         for x in sigmas[:count].tolist()
     ]
-    return _Step(sigma, linear.propagator(np.float64(sigma), to), tuple(integrals[j] * turn[j] for j in range(count)))
+    weights = [integrals[j] * turn[j] for j in range(count)]
+    propagator = linear.propagator(np.float64(sigma), to)
+    if linear.directed:
+        return _Step(sigma, propagator, tuple(weights))
+    return _Step(sigma, float(propagator), tuple(map(float, weights)))

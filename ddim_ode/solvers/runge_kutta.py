@@ -9,6 +9,7 @@ In a clock u the equation is :math:`d\bar x/du = \sigma'(u)\, \epsilon(\bar x, \
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -147,12 +148,7 @@ class RungeKutta(Solver):
 
     def plan(self, grid: Grid) -> tuple[_Stages, ...]:
         """The stages of every step of `grid`."""
-        u = clock(self.clock, grid.schedule)
-        plain = clock("sigma", grid.schedule)
-        return tuple(
-            self._stages(u, s, s_next) or self._stages(plain, s, s_next)
-            for s, s_next in zip(grid.sigmas[:-1], grid.sigmas[1:], strict=True)
-        )  # type: ignore[return-value]
+        return _plan(self, grid)
 
     def _stages(self, u: Clock, sigma: float, sigma_next: float) -> _Stages | None:
         """The stages of one step in the clock `u`, or None where the clock is singular."""
@@ -172,6 +168,13 @@ class RungeKutta(Solver):
 
     def step(self, field: Field, x_bar: Tensor, n: int, state: Any) -> tuple[Tensor, Any, Tensor | None]:
         return run_stages(field, x_bar, state[n])[0], state, None
+
+
+@lru_cache(maxsize=64)
+def _plan(method: RungeKutta, grid: Grid) -> tuple[_Stages, ...]:
+    u, plain = clock(method.clock, grid.schedule), clock("sigma", grid.schedule)
+    ends = zip(grid.sigmas[:-1].tolist(), grid.sigmas[1:].tolist(), strict=True)
+    return tuple(method._stages(u, *step) or method._stages(plain, *step) for step in ends)  # type: ignore[misc]
 
 
 def run_stages(field: Field, x_bar: Tensor, stages: _Stages) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,379 @@
+r"""Measured order of every solver, on problems whose solution is known to rounding.
+
+The order is the mean log₂ ratio of the errors over the last two doublings of the number of steps: on two
+problems, over three families of grids on the interior range of σ from :data:`LOW` to :data:`HIGH`, in both
+directions. ``tests/test_order.py`` asserts it on these very cases; this command records and draws it::
+
+    python benchmarks/convergence.py [--out benchmarks/results] [--figures docs/figures] [--figures-only]
+
+The figure is drawn from ``convergence.json`` alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy
+import torch
+from scipy.integrate import solve_ivp
+from torch import Tensor
+
+import ddim_ode
+from ddim_ode import (
+    EpsilonField,
+    Gaussian,
+    Grid,
+    Multistep,
+    NoiseSchedule,
+    RungeKutta,
+    Solver,
+    integrate,
+    solvers,
+)
+from ddim_ode.files import output_folder, replacing, write_json
+from ddim_ode.models.analytic import GaussianEpsilon, MixtureEpsilon
+from ddim_ode.solvers import get
+from ddim_ode.solvers.runge_kutta import HEUN, KUTTA3, MIDPOINT, RK4
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: The range of σ. Both problems bend about as much at one end as at the other, so that a few dozen steps are
+#: asymptotic, and what the first step of a run leaves behind is seen in either direction.
+LOW, HIGH = 0.6, 1.5
+GRIDS = ("uniform", "quadratic", "jittered")
+DIRECTIONS = ("sampling", "encoding")
+#: Steps the order is measured at; multiples of three, the period of the jittered grid.
+STEPS = (36, 72, 144)
+SCHEDULE = NoiseSchedule.linear()
+
+
+# -- cases --------------------------------------------------------------------------------------
+def cases() -> dict[str, Solver]:
+    """Every solver whose order is measured, by name.
+
+    All named solvers; the multistep ones with their Runge–Kutta start too; Runge–Kutta in other clocks; and
+    multistep members that have no name: a Gaussian linear part (not the problem's own), the clock arctan.
+    """
+    members = [
+        *solvers(),
+        *(get(f"{s.name}-rk") for s in solvers() if isinstance(s, Multistep) and s.k > 1),
+        *(RungeKutta(tableau, clock=u) for u in ("log", "arctan") for tableau in (MIDPOINT, HEUN, KUTTA3, RK4)),
+        RungeKutta(RK4, clock="t"),
+        Multistep(3, linear=Gaussian(torch.tensor(0.3), torch.tensor(0.7)), start="rk", label="gaussian3"),
+        Multistep(3, clock="arctan", start="rk", label="arctan3"),
+    ]
+    return {member.name: member for member in members}
+
+
+def expected_order(solver: Solver, problem: str) -> int:
+    r"""The order theory gives a solver on a problem: its own, but for one superconvergent pair.
+
+    The explicit midpoint rule in σ has the leading local error :math:`h^3 (x'''/24 + a x''/8)` on a linear field
+    :math:`x' = a(\sigma) x`. On Gaussian data :math:`x = \sqrt{\lambda + \sigma^2}` times a constant and
+    :math:`a = \sigma/x^2`, so that :math:`x'' = \lambda/x^3`, :math:`x''' = -3\lambda\sigma/x^5`, and the two terms
+    cancel: the order is 3 there, in both directions and on any grid.
+    """
+    return 3 if (solver.name, problem) == ("midpoint", "gaussian") else solver.order
+
+
+# -- grids --------------------------------------------------------------------------------------
+def sigma_grid(name: str, steps: int, direction: str, low: float = LOW, high: float = HIGH) -> Grid:
+    """One of :data:`GRIDS` over [low, high]: families that refine self-consistently.
+
+    Parameters
+    ----------
+    name : str
+        ``"uniform"``: even in σ. ``"quadratic"``: σ the squares of an even spacing. ``"jittered"``: even in σ, each
+        inner node then moved by a fixed fraction of the spacing, in a pattern that repeats every three nodes:
+        some neighbouring steps differ by a factor of two, however fine the grid is.
+    steps : int
+        Number of steps.
+    direction : str
+        One of :data:`DIRECTIONS`.
+    low, high : float
+        The ends.
+    """
+    place = np.arange(steps + 1.0)
+    if name == "jittered":
+        place[1:-1] += np.resize([0.2, -0.2, 0.0], steps - 1)
+    if name == "quadratic":
+        sigmas = (math.sqrt(low) + (math.sqrt(high) - math.sqrt(low)) * place / steps) ** 2
+    else:
+        sigmas = low + (high - low) * place / steps
+    sigmas[0], sigmas[-1] = low, high
+    grid = Grid.explicit(sigmas, SCHEDULE)
+    return grid if direction == "encoding" else grid.reversed()
+
+
+# -- problems -----------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A field, and one solution of its equation at both ends of the range.
+
+    Attributes
+    ----------
+    name : str
+        What it is called.
+    eps : callable
+        ε(x̄, σ), exact.
+    low, high : Tensor
+        States (B, d) at :data:`LOW` and :data:`HIGH` on one trajectory each.
+    """
+
+    name: str
+    eps: Callable[[Tensor, float], Tensor]
+    low: Tensor
+    high: Tensor
+
+
+@lru_cache(maxsize=1)
+def gaussian() -> Problem:
+    """Correlated Gaussian data in four dimensions; the solution is a formula."""
+    turn = np.linalg.qr(np.random.default_rng(1).standard_normal((4, 4)))[0]
+    basis = torch.from_numpy(turn)
+    variance = torch.tensor([0.4, 0.6, 1.0, 1.5], dtype=torch.float64)
+    eps = GaussianEpsilon(torch.tensor([0.5, -1.0, 0.0, 2.0]), (basis * variance) @ basis.T)
+    low = torch.from_numpy(np.random.default_rng(2).standard_normal((3, 4)))
+    return Problem("gaussian", eps, low, eps.solution(low, LOW, HIGH))
+
+
+@lru_cache(maxsize=1)
+def mixture() -> Problem:
+    """Three correlated components in three dimensions; the solution is by DOP853 at the end of its tolerance."""
+    means, covariances = _components()
+    eps = MixtureEpsilon(_WEIGHTS, torch.from_numpy(means), torch.from_numpy(covariances))
+    low = torch.from_numpy(np.random.default_rng(4).standard_normal((3, 3)))
+    high = by_dop853(eps, low, LOW, HIGH)
+    return Problem("mixture", eps, low, high)
+
+
+PROBLEMS = {"gaussian": gaussian, "mixture": mixture}
+
+_WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+
+
+def _components() -> tuple[np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(3)
+    roots = draw.standard_normal((3, 3, 3)) * 0.5
+    return 1.2 * draw.standard_normal((3, 3)), roots @ roots.transpose(0, 2, 1) + 0.3 * np.eye(3)
+
+
+def by_dop853(eps: Callable[[Tensor, float], Tensor], x_bar: Tensor, sigma: float, to: float) -> Tensor:
+    """Solve eq. 14 with scipy's DOP853, relative tolerance 1e-13."""
+
+    def slope(s: float, flat: np.ndarray) -> np.ndarray:
+        return eps(torch.from_numpy(flat).reshape(x_bar.shape), s).numpy().ravel()
+
+    run = solve_ivp(slope, (sigma, to), x_bar.numpy().ravel(), method="DOP853", rtol=1e-13, atol=1e-14)
+    return torch.from_numpy(run.y[:, -1].copy()).reshape(x_bar.shape)
+
+
+# -- measuring ----------------------------------------------------------------------------------
+def errors(
+    problem: Problem, solver: Solver, grid: str = "uniform", direction: str = "sampling", steps: Sequence[int] = STEPS
+) -> list[float]:
+    """Root-mean-square error of x̄ at the end of the range, for each number of steps.
+
+    Parameters
+    ----------
+    problem : Problem
+        What to solve.
+    solver : Solver
+        By what.
+    grid, direction : str
+        One of :data:`GRIDS`, one of :data:`DIRECTIONS`.
+    steps : sequence of int
+        Numbers of steps.
+    """
+    field = EpsilonField.from_sigma(problem.eps, SCHEDULE)
+    start, end = (problem.low, problem.high) if direction == "encoding" else (problem.high, problem.low)
+    runs = (integrate(field, start, sigma_grid(grid, n, direction), solver) for n in steps)
+    return [float((run.x_bar - end).square().mean().sqrt()) for run in runs]
+
+
+def measured_order(errors: Sequence[float]) -> float:
+    """Mean log₂ ratio over the last two of successive doublings of the number of steps."""
+    return 0.5 * math.log2(errors[-3] / errors[-1])
+
+
+# -- the record ---------------------------------------------------------------------------------
+def measure(steps: Sequence[int] = (9, 18, *STEPS)) -> dict[str, Any]:
+    """Run every case; the whole study as plain data.
+
+    Parameters
+    ----------
+    steps : sequence of int
+        Successive doublings; the order is that of the last three.
+    """
+    began = time.perf_counter()
+    rows = []
+    for name, solver in cases().items():
+        for grid in GRIDS:
+            for direction in DIRECTIONS:
+                for problem, make in PROBLEMS.items():
+                    found = errors(make(), solver, grid, direction, steps)
+                    rows.append(
+                        {
+                            "solver": name,
+                            "order": solver.order,
+                            "problem": problem,
+                            "grid": grid,
+                            "direction": direction,
+                            "expected_order": expected_order(solver, problem),
+                            "measured_order": measured_order(found),
+                            "steps": list(steps),
+                            "nfe": [solver.nfe(n) for n in steps],
+                            "errors": found,
+                        }
+                    )
+    return {
+        "study": "convergence",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": {
+            "ddim_ode": ddim_ode.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "scipy": scipy.__version__,
+        },
+        "device": "cpu",
+        "dtype": "float64",
+        "threads": torch.get_num_threads(),
+        "seconds": round(time.perf_counter() - began, 1),
+        "schedule": SCHEDULE.config,
+        "sigma_range": [LOW, HIGH],
+        "error": "root mean square over samples and dimensions of x_bar at the end of the range",
+        "sources": {name: solver.source for name, solver in cases().items()},
+        "results": rows,
+    }
+
+
+def commit() -> str | None:
+    """The commit this checkout is at, read from its .git; None outside a checkout."""
+    git = ROOT / ".git"
+    try:
+        head = (git / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head
+        reference = head.removeprefix("ref: ")
+        if (git / reference).exists():
+            return (git / reference).read_text().strip()
+        packed = (git / "packed-refs").read_text().splitlines()
+        return next((line.split()[0] for line in packed if line.endswith(f" {reference}")), None)
+    except OSError:
+        return None
+
+
+def table(record: dict[str, Any]) -> str:
+    """Measured orders, one line a solver and a problem, one column a grid and a direction."""
+    columns = [(grid, direction) for grid in GRIDS for direction in DIRECTIONS]
+    lines = [f"{'solver':18} {'problem':9} {'order':>5}  " + "  ".join(f"{g[:7]} {d[:3]}" for g, d in columns)]
+    found = {(r["solver"], r["problem"], r["grid"], r["direction"]): r for r in record["results"]}
+    for solver, problem in dict.fromkeys((r["solver"], r["problem"]) for r in record["results"]):
+        row = [found[(solver, problem, *column)] for column in columns]
+        orders = "  ".join(f"{r['measured_order']:11.2f}" for r in row)
+        lines.append(f"{solver:18} {problem:9} {row[0]['expected_order']:5d}  {orders}")
+    return "\n".join(lines)
+
+
+# -- the figure ---------------------------------------------------------------------------------
+#: What is drawn: enough to tell the orders and the families apart, few enough to read. Colour is the order,
+#: the marker the family.
+_COLOURS = {1: "#7f7f7f", 2: "#1f77b4", 3: "#e07b00", 4: "#c01f3a"}
+_DRAWN = {
+    "ddim": "o", "pf-euler": "x", "ab2": "o", "ab4": "v", "dpmpp2m": "D", "heun": "s", "ab3-rk": "o", "deis3-rk": "^",
+    "dpmpp3m-rk": "D", "kutta3": "s", "ab4-rk": "o", "deis4-rk": "^", "rk4": "s",
+}  # fmt: skip
+
+
+def draw(record: dict[str, Any], path: Path, problem: str = "mixture") -> None:
+    """Error against model calls on the uniform grid, one panel a direction, from the record alone.
+
+    Parameters
+    ----------
+    record : dict
+        What :func:`measure` returned, or its JSON.
+    path : Path
+        The PNG to write.
+    problem : str
+        Which problem to draw.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in record["results"] if r["grid"] == "uniform" and r["problem"] == problem]
+    figure, panels = plt.subplots(1, 2, figsize=(11.5, 5.0), sharey=True, layout="constrained")
+    for panel, direction in zip(panels, DIRECTIONS, strict=True):
+        found = {r["solver"]: r for r in rows if r["direction"] == direction}
+        for name, marker in _DRAWN.items():
+            row = found[name]
+            # JSON has no infinity or NaN: a run that failed is null, and leaves a gap.
+            values = [math.nan if e is None else e for e in row["errors"]]
+            panel.loglog(
+                row["nfe"], values, color=_COLOURS[row["order"]], marker=marker, markersize=5, linewidth=1.2,
+                markerfacecolor="none" if marker in "^D" else None, label=f"{name} ({row['order']})",
+            )  # fmt: skip
+        _reference_slopes(panel, anchor=(9.0, 3e-8), span=(9.0, 24.0))
+        low, high = record["sigma_range"]
+        arrow = f"σ: {high:g} → {low:g}" if direction == "sampling" else f"σ: {low:g} → {high:g}"
+        panel.set_title(f"{direction}, {arrow}")
+        panel.set_xlabel("model calls")
+        panel.grid(True, which="major", color="0.9", linewidth=0.7)
+        panel.set_axisbelow(True)
+        calls = [10, 20, 50, 100, 200, 500]
+        panel.set_xticks(calls, labels=[str(n) for n in calls])
+        panel.minorticks_off()
+    panels[0].set_ylabel("RMS error of x̄")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside right center", title="solver (its order)", frameon=False
+    )
+    figure.suptitle(f"Error against model calls: exact ε of a Gaussian {problem}, uniform grid in σ", fontsize=12)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    plt.close(figure)
+
+
+def _reference_slopes(panel: Any, anchor: tuple[float, float], span: tuple[float, float]) -> None:
+    """Dashed lines of slopes 1 to 4 through one point, in the corner that the curves leave empty."""
+    x, y = anchor
+    for order in (1, 2, 3, 4):
+        end = y * (span[1] / x) ** -order
+        panel.plot(span, [y * (span[0] / x) ** -order, end], "--", color="0.4", linewidth=0.9)
+        panel.annotate(f"{order}", (span[1], end), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
+    panel.annotate("slopes", (x, y), xytext=(0, 5), textcoords="offset points", ha="left", fontsize=8)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, record, print, draw."""
+    parser = argparse.ArgumentParser(description="Measure the order of every solver.")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder for convergence.json")
+    parser.add_argument("--figures", type=Path, default=ROOT / "docs/figures", help="folder for convergence.png")
+    parser.add_argument("--figures-only", action="store_true", help="draw from the JSON there is, measure nothing")
+    options = parser.parse_args(argv)
+    file = options.out / "convergence.json"
+    figures = output_folder(options.figures)
+    if not options.figures_only:
+        output_folder(options.out)
+        torch.set_num_threads(1)  # states of a dozen numbers gain nothing from more
+        write_json(file, measure())
+    record = json.loads(file.read_text(encoding="utf-8"))
+    print(table(record))
+    draw(record, figures / "convergence.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,468 @@
+"""``ddim-ode``: the package at a terminal.
+
+Exit codes: 0, all well; 1, the work was done but some samples failed (they are named); 2, the request could not
+be carried out, and nothing was written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import ddim_ode
+from ddim_ode import data, plotting
+from ddim_ode.comparison import circumstances, compare, reference
+from ddim_ode.field import EpsilonField
+from ddim_ode.files import output_folder, write_json
+from ddim_ode.grid import grids
+from ddim_ode.models.checkpoints import build, bundled, load, save_model
+from ddim_ode.sampling import DEFAULTS, decode, encode, interpolate, noise, round_trip, sample
+from ddim_ode.schedule import NoiseSchedule
+from ddim_ode.solution import Solution, Status
+from ddim_ode.solvers import get, solvers
+from ddim_ode.training import TrainingOptions, spread, train
+
+__all__ = ["main"]
+
+_DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    warnings.showwarning = lambda message, *_, **__: print(f"ddim-ode: warning: {message}", file=sys.stderr)
+    try:
+        return options.run(options)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"ddim-ode: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ddim-ode: interrupted", file=sys.stderr)
+        return 130
+
+
+# -- commands -----------------------------------------------------------------------------------
+def _compare(o: argparse.Namespace) -> int:
+    field, dtype = _field(o), _DTYPES[o.dtype]
+    names = [get(name).name if name != "default" else name for name in _split(o.solvers)]
+    budgets = [_whole(x, "--nfe") for x in _split(o.nfe)]
+    images = _images(o, field, o.n_images)
+    latent = noise(_shape(field), o.n, o.seed).to(field.device or "cpu")
+    out = output_folder(o.out)
+    with tqdm(total=1 + len(names) * len(budgets), desc="compare", disable=None, leave=False) as bar:
+
+        def advance(what: str) -> None:
+            bar.set_postfix_str(what)
+            bar.update()
+
+        advance("reference")
+        exact = reference(field, latent, nfe=o.reference_nfe)
+        found = compare(field, latent, images, names, budgets, grid=o.grid, dtype=dtype, exact=exact, advance=advance)
+    record = {"command": "compare", "model": o.model, "seed": o.seed} | found.record
+    write_json(out / "results.json", record)
+    plotting.save_figure(plotting.error_figure(record), out / "error.png")
+    plotting.save_figure(plotting.round_trip_figure(record), out / "round_trip.png")
+    written = ["results.json", "error.png", "round_trip.png"]
+    if latent.ndim == 4 and latent.shape[1] in (1, 3):
+        written += _sheets(found, exact.x, images, names, budgets, out)
+    if o.json:
+        print(json.dumps(record))
+    else:
+        _print_comparison(record)
+        print(f"\nwritten to {out}: {', '.join(written)}")
+    return 1 if any(row["failed"] for row in record["rows"]) else 0
+
+
+def _sheets(found: Any, exact: Tensor, images: Tensor, names: list[str], budgets: list[int], out: Path) -> list[str]:
+    """The two sheets of pictures: samples beside the reference's, reconstructions beside the originals."""
+    shown = min(4, exact.shape[0], images.shape[0])
+    columns = [f"{nfe} calls" for nfe in budgets]
+    for kind, first, label, made in (
+        ("samples", exact, "reference", found.samples),
+        ("reconstructions", images, "original", found.reconstructions),
+    ):
+        rows: list[tuple[str, list[Tensor]]] = [(label, [first[:shown]] * len(budgets))]
+        for name in names:
+            blank = torch.ones_like(first[:shown])
+            rows.append((name, [made[name, nfe][:shown] if (name, nfe) in made else blank for nfe in budgets]))
+        title = "The same latents" if kind == "samples" else "The same images, encoded and decoded (calls each way)"
+        plotting.save_figure(plotting.sheet_figure(rows, columns, title), out / f"{kind}.png")
+    return ["samples.png", "reconstructions.png"]
+
+
+def _print_comparison(record: dict[str, Any]) -> None:
+    exact = record["reference"]
+    print(
+        f"{record['samples']} samples and {record['images']} images; grid {record['grid']}; "
+        f"default: {' on '.join(record['defaults']['sample'])} (encoding: {' on '.join(record['defaults']['encode'])})"
+    )
+    print(f"reference: {exact['methods'][0]}; {exact['methods'][1]} differs by {exact['rms_difference']:.1e} RMS\n")
+    budgets = list(dict.fromkeys(row["nfe"] for row in record["rows"]))
+    for title, key, form in (
+        ("RMS error of samples", "rms", ".2e"),
+        ("Round trip, MSE on [0, 1]", "round_trip_mse", ".2e"),
+        ("Seconds to sample", "seconds", ".2f"),
+    ):
+        print(f"{title:<26}" + "".join(f"{n:>9} calls" for n in budgets))
+        for name in dict.fromkeys(row["solver"] for row in record["rows"]):
+            cells = [row[key] for row in record["rows"] if row["solver"] == name]
+            print(f"  {name:<24}" + "".join(f"{'–' if c is None else format(c, form):>15}" for c in cells))
+        print()
+
+
+def _sample(o: argparse.Namespace) -> int:
+    field = _field(o)
+    latent = None if o.latent is None else _latent(o, field)
+    _check_ending(o.out, _shape(field))
+    run = sample(field, latent, n=None if latent is not None else o.n, seed=o.seed, **_run_options(o))
+    data.write_images(o.out, run.x)
+    return _report(o, {"sample": run})
+
+
+def _decode(o: argparse.Namespace) -> int:
+    field = _field(o)
+    latent = _latent(o, field)
+    _check_ending(o.out, _shape(field))
+    run = decode(field, latent, **_run_options(o))
+    data.write_images(o.out, run.x)
+    return _report(o, {"decode": run})
+
+
+def _encode(o: argparse.Namespace) -> int:
+    field = _field(o)
+    images = _images(o, field, None)
+    if Path(o.out).suffix not in (".npz", ".npy"):
+        raise ValueError(f"--out {o.out}: latents are written as .npz or .npy")
+    output_folder(Path(o.out).parent)
+    run = encode(field, images, **_run_options(o))
+    data.write_array(o.out, run.x, "latent")
+    return _report(o, {"encode": run})
+
+
+def _reconstruct(o: argparse.Namespace) -> int:
+    field = _field(o)
+    images = _images(o, field, None)
+    out = output_folder(o.out)
+    trip = round_trip(field, images, **_run_options(o))
+    names = list(dict.fromkeys((trip.encoding.grid.name, trip.decoding.grid.name)))
+    record = {"command": "reconstruct", "model": o.model, "nfe": trip.nfe, "grids": names} | circumstances(field)
+    record |= {"mse": trip.mse.tolist(), "mean_mse": float(trip.mse.mean()), "status": [s.name for s in trip.status]}
+    write_json(out / "results.json", record)
+    data.write_images(out / "reconstructions.npz", trip.reconstruction)
+    data.write_array(out / "latents.npz", trip.latent, "latent")
+    if images.ndim == 4 and images.shape[1] in (1, 3):
+        shown = min(8, len(images))
+        # The difference is amplified ten times about mid-grey, else there would be nothing to see.
+        rows = [
+            ("original", [images[:shown]]),
+            ("reconstruction", [trip.reconstruction[:shown]]),
+            ("difference × 10", [10.0 * (trip.reconstruction - images)[:shown]]),
+        ]
+        title = f"{trip.nfe} calls, mean MSE {record['mean_mse']:.2e}"
+        plotting.save_figure(plotting.sheet_figure(rows, [""], title), out / "reconstructions.png")
+    return _report(
+        o, {"encode": trip.encoding, "decode": trip.decoding}, record, f"mean MSE on [0, 1]: {record['mean_mse']:.3e}"
+    )
+
+
+def _interpolate(o: argparse.Namespace) -> int:
+    field = _field(o)
+    _check_ending(o.out, _shape(field))
+    if o.images is None:
+        ends = noise(_shape(field), 2 * o.pairs, o.seed).to(field.device or "cpu")
+    else:
+        images = _images(o, field, None)
+        if len(images) < 2 * o.pairs:
+            raise ValueError(f"--pairs {o.pairs} needs {2 * o.pairs} images, but {o.images} holds {len(images)}")
+        ends = encode(field, images[: 2 * o.pairs], **_run_options(o)).x
+    run = interpolate(field, ends[0::2], ends[1::2], o.points, **_run_options(o))
+    data.write_images(o.out, run.x, columns=o.points)
+    return _report(o, {"interpolate": run})
+
+
+def _train(o: argparse.Namespace) -> int:
+    images = _dataset(o.data)
+    schedule = NoiseSchedule.linear() if o.schedule == "linear" else NoiseSchedule.cosine()
+    mean, std = spread(images)
+    description: dict[str, Any] = {
+        "shape": list(images.shape[1:]),
+        "schedule": schedule.config,
+        "residual": None if o.plain else {"std": std},
+        "network": {
+            "channels": images.shape[1],
+            "resolution": images.shape[2],
+            "width": o.width,
+            "multipliers": [_whole(x, "--multipliers") for x in _split(o.multipliers)],
+            "blocks": o.blocks,
+            "attention": [_whole(x, "--attention") for x in _split(o.attention)],
+            "groups": o.groups,
+            "dropout": o.dropout,
+            "patch": o.patch,
+        },
+    }
+    options = TrainingOptions(
+        steps=o.steps, batch_size=o.batch_size, lr=o.lr, warmup=o.warmup, cooldown=o.cooldown, ema=o.ema, clip=o.clip,
+        gamma=o.gamma, label_power=o.label_power, flip=o.flip, seed=o.seed, autocast=not o.no_autocast, compile=o.compile,
+    )  # fmt: skip
+    out = output_folder(o.out)
+    torch.manual_seed(o.seed)
+    network = build(description)
+    if not o.plain:
+        network.mean.copy_(mean)  # type: ignore[operator, union-attr]
+    network = network.to(memory_format=torch.channels_last)
+    started = json.dumps(description, sort_keys=True)
+    described = out / "network.json"
+    if described.exists() and json.dumps(json.loads(described.read_text("utf-8")), sort_keys=True) != started:
+        raise ValueError(
+            f"{out} holds a run of another network or data set: give another --out, or the options of {described}"
+        )
+    write_json(described, description)
+    shape = tuple(images.shape[1:])
+
+    def on_save(average: torch.nn.Module, step: int) -> None:
+        save_model(out / "model.safetensors", average, description | {"training": {"step": step, "data": o.data}})
+        field = EpsilonField(average, schedule, shape=shape)
+        data.write_images(out / "samples.png", sample(field, n=16, seed=0, nfe=20, batch_size=16).x)
+
+    with tqdm(total=o.steps, desc="train", unit="step", disable=None) as bar:
+
+        def progress(step: int, loss: float) -> None:
+            bar.update(step - bar.n)
+            bar.set_postfix(loss=f"{loss:.4f}")
+
+        train(
+            network,
+            images,
+            schedule,
+            out,
+            options,
+            device=o.device,
+            save_every=o.save_every,
+            on_save=on_save,
+            progress=progress,
+        )
+    print(f"written to {out}: model.safetensors, checkpoint.pt, log.csv, samples.png")
+    return 0
+
+
+def _solvers(o: argparse.Namespace) -> int:
+    rows = [{"name": s.name, "order": s.order, "nfe_per_step": s.nfe_per_step, "source": s.source} for s in solvers()]
+    if o.json:
+        print(json.dumps(rows))
+        return 0
+    print(f"{'name':<10} {'order':>5} {'calls a step':>13}  source")
+    for row in rows:
+        print(f"{row['name']:<10} {row['order']:>5} {row['nfe_per_step']:>13}  {row['source']}")
+    print(
+        "\nThe order is that of the default start; a multistep name with -rk behind it starts by Runge–Kutta and has full order."
+    )
+    return 0
+
+
+# -- what they share ----------------------------------------------------------------------------
+def _field(o: argparse.Namespace) -> EpsilonField:
+    return load(o.model, device=o.device)
+
+
+def _shape(field: EpsilonField) -> tuple[int, ...]:
+    if field.shape is None:
+        raise ValueError("this model does not say the shape of its samples")
+    return field.shape
+
+
+def _run_options(o: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "nfe": o.nfe,
+        "solver": o.solver,
+        "grid": o.grid,
+        "dtype": _DTYPES[o.dtype],
+        "batch_size": o.batch_size,
+        "progress": True,
+    }
+
+
+def _images(o: argparse.Namespace, field: EpsilonField, count: int | None) -> Tensor:
+    """Images for a model: from ``--images``, else the bundled ones."""
+    images = data.bundled_images() if o.images is None else data.read_images(o.images)
+    shape = _shape(field)
+    if images.shape[1:] != shape:
+        raise ValueError(f"the images are {images.shape[1:]} (C, H, W), but the model takes {shape}")
+    return data.from_uint8(images[:count]).to(field.device or "cpu")
+
+
+def _latent(o: argparse.Namespace, field: EpsilonField) -> Tensor:
+    latent = torch.from_numpy(data.read_array(o.latent))
+    if not latent.is_floating_point():
+        raise ValueError(f"{o.latent} must hold float latents, but its dtype is {latent.dtype}: is it an image?")
+    return latent.to(field.device or "cpu")
+
+
+def _dataset(name: str) -> Any:
+    return data.find_fashion_mnist("train") if name == "fashion-mnist" else data.read_images(name)
+
+
+def _check_ending(path: str, shape: tuple[int, ...]) -> None:
+    """Refuse an output that could not be written, before any work."""
+    ending = Path(path).suffix
+    if ending not in (".png", ".npz", ".npy"):
+        raise ValueError(f"--out {path}: images are written as .png (a sheet), .npz or .npy")
+    if ending == ".png" and (len(shape) != 3 or shape[0] not in (1, 3)):
+        raise ValueError(f"--out {path}: samples of shape {shape} are no picture; write .npz")
+    output_folder(Path(path).parent)
+
+
+def _report(
+    o: argparse.Namespace, runs: dict[str, Solution], record: dict[str, Any] | None = None, line: str | None = None
+) -> int:
+    failed = {what: [i for i, s in enumerate(run.status) if s is not Status.SUCCESS] for what, run in runs.items()}
+    count = len(next(iter(runs.values())).status)
+    calls = sum(run.nfe for run in runs.values())
+    if o.json:
+        record = record or {"nfe": calls, "samples": count} | circumstances()
+        print(json.dumps(record | {"failed": failed, "out": str(o.out)}))
+    else:
+        print(f"{count} samples, {calls} model calls: {o.out}" + (f"\n{line}" if line else ""))
+    for what, which in failed.items():
+        if which:
+            print(f"ddim-ode: {what}: non-finite in samples {', '.join(map(str, which))}", file=sys.stderr)
+    return 1 if any(failed.values()) else 0
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _whole(text: str, name: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise ValueError(f"{name} takes whole numbers of at least 1, but got {text!r}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ddim-ode", description="DDIM sampling as one ordinary differential equation."
+    )
+    parser.add_argument("--version", action="version", version=ddim_ode.__version__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=help, description=help)
+        made.set_defaults(run=run)
+        return made
+
+    def model(p: argparse.ArgumentParser) -> None:
+        p.add_argument(
+            "--model", default="fashion-mnist", help=f"a bundled name ({', '.join(bundled())}) or a weights file"
+        )
+        p.add_argument("--device", default="cpu", help="where the network runs, such as cuda")
+        p.add_argument(
+            "--dtype", default="float64", choices=_DTYPES, help="the state's dtype; the network keeps its own"
+        )
+        p.add_argument("--seed", type=int, default=0, help="seed of latents; image i depends on (seed, i) alone")
+        p.add_argument("--json", action="store_true", help="print a JSON record instead of words")
+
+    def method(p: argparse.ArgumentParser, out: str) -> None:
+        model(p)
+        p.add_argument(
+            "--solver",
+            help=f"see 'ddim-ode solvers' (default: {DEFAULTS['sample'][0]}; encoding {DEFAULTS['encode'][0]})",
+        )
+        p.add_argument(
+            "--grid",
+            help=f"one of {', '.join(grids())} (default: {DEFAULTS['sample'][1]}; encoding {DEFAULTS['encode'][1]})",
+        )
+        p.add_argument("--nfe", type=int, help="budget of model calls, each way (default: 50)")
+        p.add_argument("--batch-size", type=int, help="samples at once (default: all)")
+        p.add_argument("--out", default=out, help=f"where to write (default: {out})")
+
+    p = command("compare", _compare, "Compare solvers: error against calls, round trips, pictures.")
+    model(p)
+    p.add_argument(
+        "--solvers", default="default,ddim,pf-euler,heun,ab2,ab3,deis3,dpmpp2m,dpmpp3m", help="names, comma-separated"
+    )
+    p.add_argument("--nfe", default="5,10,20,50", help="budgets of model calls, comma-separated")
+    p.add_argument("--grid", help=f"one of {', '.join(grids())} (default: {DEFAULTS['sample'][1]})")
+    p.add_argument("--n", type=int, default=16, help="samples")
+    p.add_argument("--images", help="images to round-trip: a PNG, a folder, .npz, .npy or idx (default: bundled ones)")
+    p.add_argument("--n-images", type=int, default=8, help="how many of them")
+    p.add_argument("--reference-nfe", type=int, default=200, help="calls for each of the two reference solutions")
+    p.add_argument("--out", default="out/compare", help="folder (default: out/compare)")
+
+    p = command("sample", _sample, "Draw samples.")
+    method(p, "out/samples.png")
+    p.add_argument("--n", type=int, default=16, help="how many")
+    p.add_argument("--latent", help="latents (.npz or .npy) instead of drawn ones")
+
+    p = command("encode", _encode, "Encode images to their latents x_T.")
+    method(p, "out/latents.npz")
+    p.add_argument("--images", help="a PNG, a folder, .npz, .npy or idx (default: bundled ones)")
+
+    p = command("decode", _decode, "Decode latents to images.")
+    method(p, "out/decoded.png")
+    p.add_argument("--latent", required=True, help="latents (.npz or .npy)")
+
+    p = command("reconstruct", _reconstruct, "Encode images, decode them again, and measure what was lost.")
+    method(p, "out/reconstruct")
+    p.add_argument("--images", help="a PNG, a folder, .npz, .npy or idx (default: bundled ones)")
+
+    p = command("interpolate", _interpolate, "Decode spherical paths between latents.")
+    method(p, "out/interpolation.png")
+    p.add_argument(
+        "--images", help="encode these and go from the first to the second, and so on (default: drawn latents)"
+    )
+    p.add_argument("--pairs", type=int, default=4, help="paths")
+    p.add_argument("--points", type=int, default=10, help="images a path, ends included")
+
+    p = command("train", _train, "Train a noise predictor by eq. 5; go on from where a run in --out stopped.")
+    defaults = TrainingOptions()
+    p.add_argument("--data", default="fashion-mnist", help="fashion-mnist, or a folder, .npz, .npy or idx of images")
+    p.add_argument("--out", default="out/train", help="folder (default: out/train)")
+    p.add_argument("--device", default="cpu", help="where, such as cuda")
+    p.add_argument("--schedule", default="linear", choices=("linear", "cosine"), help="noise schedule, T = 1000")
+    p.add_argument("--steps", type=int, default=defaults.steps, help="updates in all")
+    p.add_argument("--batch-size", type=int, default=defaults.batch_size, help="images an update")
+    p.add_argument("--lr", type=float, default=defaults.lr, help="learning rate after the warm-up")
+    p.add_argument("--warmup", type=int, default=defaults.warmup, help="updates over which it rises")
+    p.add_argument(
+        "--cooldown", type=float, default=defaults.cooldown, help="share of the run over which it falls to 0"
+    )
+    p.add_argument("--ema", type=float, default=defaults.ema, help="decay of the weights' moving average")
+    p.add_argument("--clip", type=float, default=defaults.clip, help="largest gradient norm")
+    p.add_argument(
+        "--gamma", type=float, default=defaults.gamma, help="exponent p of γ_t = (1 + σ²/s²)^p; 0 is the paper's γ = 1"
+    )
+    p.add_argument("--label-power", type=float, default=defaults.label_power, help="labels are (T−1)u^q; 1 is uniform")
+    p.add_argument("--flip", action="store_true", help="mirror half the images left to right")
+    p.add_argument("--seed", type=int, default=defaults.seed, help="seed of everything random")
+    p.add_argument(
+        "--save-every", type=int, default=500, help="updates between checkpoints, log lines and sample sheets"
+    )
+    p.add_argument(
+        "--compile", action="store_true", help="torch.compile: a slow start, then about 1.4 times as fast here"
+    )
+    p.add_argument("--no-autocast", action="store_true", help="train in float32 rather than bfloat16 autocast")
+    p.add_argument("--plain", action="store_true", help="predict ε itself, not the residual of a Gaussian's")
+    p.add_argument("--width", type=int, default=32, help="channels of the first level")
+    p.add_argument("--multipliers", default="1,2,4", help="channels of each level, in widths")
+    p.add_argument("--blocks", type=int, default=1, help="residual blocks a level")
+    p.add_argument("--attention", default="7", help="inner resolutions with self-attention")
+    p.add_argument("--groups", type=int, default=8, help="groups of the group norms")
+    p.add_argument("--dropout", type=float, default=0.0, help="dropout rate")
+    p.add_argument("--patch", type=int, default=1, help="pixels a side folded into channels")
+
+    p = command("solvers", _solvers, "List the solvers: order, calls, source.")
+    p.add_argument("--json", action="store_true", help="print JSON")
+    return parser

@@ -1,0 +1,244 @@
+"""The main job: solvers side by side, on the same latents and the same images, at the same budgets of calls."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy
+import torch
+from torch import Tensor
+
+import ddim_ode
+from ddim_ode.field import EpsilonField
+from ddim_ode.grid import Grid
+from ddim_ode.metrics import rms
+from ddim_ode.sampling import DEFAULTS, round_trip, sample
+from ddim_ode.solution import Status
+from ddim_ode.solvers import Multistep, get
+from ddim_ode.solvers.runge_kutta import RK4, RungeKutta
+
+__all__ = ["Comparison", "Reference", "circumstances", "compare", "reference"]
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    r"""What the exact solution is taken to be.
+
+    Attributes
+    ----------
+    x : Tensor
+        (B, \*d).
+    difference : float
+        RMS difference to a second method at a like number of calls: how far `x` can be trusted.
+    nfe : int
+        Calls spent on both.
+    methods : tuple of str
+        What was run.
+    """
+
+    x: Tensor
+    difference: float
+    nfe: int
+    methods: tuple[str, ...]
+
+
+def reference(
+    evaluate: EpsilonField, latent: Tensor, *, nfe: int = 200, progress: bool = False, batch_size: int | None = None
+) -> Reference:
+    """Solve to high accuracy by two independent methods: Runge–Kutta 4 and Adams–Bashforth 4, on different grids.
+
+    Parameters
+    ----------
+    evaluate : EpsilonField
+        ε.
+    latent : Tensor
+        x_T, (B, \\*d).
+    nfe : int
+        Calls each of the two may spend.
+    progress, batch_size
+        As for :func:`ddim_ode.sample`.
+    """
+    first, second = RungeKutta(RK4, "arctan"), Multistep(4, clock="t", start="rk")
+    grids = (
+        Grid.make("arctan", evaluate.schedule, first.steps(nfe)),
+        Grid.make("quadratic", evaluate.schedule, second.steps(nfe)),
+    )
+    runs = [
+        sample(evaluate, latent, solver=method, grid=grid, progress=progress, batch_size=batch_size)
+        for method, grid in zip((first, second), grids, strict=True)
+    ]
+    difference = float(rms(runs[0].x, runs[1].x).square().mean().sqrt())
+    return Reference(
+        runs[0].x, difference, runs[0].nfe + runs[1].nfe, (f"{first.name} on arctan", f"{second.name} on quadratic")
+    )
+
+
+@dataclass(eq=False)
+class Comparison:
+    """What :func:`compare` found: `record` is plain data for JSON; the pictures are kept beside it.
+
+    Attributes
+    ----------
+    record : dict
+        Circumstances, the reference, and one row a solver and budget.
+    samples, reconstructions : dict
+        Images by (solver, budget), (B, \\*d).
+    """
+
+    record: dict[str, Any]
+    samples: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    reconstructions: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+
+
+def compare(
+    evaluate: EpsilonField,
+    latent: Tensor,
+    images: Tensor,
+    solvers: Sequence[str],
+    budgets: Sequence[int],
+    *,
+    grid: str | None = None,
+    dtype: torch.dtype = torch.float64,
+    exact: Reference | None = None,
+    data_range: tuple[float, float] | None = (-1.0, 1.0),
+    advance: Callable[[str], Any] = lambda what: None,
+) -> Comparison:
+    """Sample the same latents and round-trip the same images with every solver at every budget.
+
+    Parameters
+    ----------
+    evaluate : EpsilonField
+        ε.
+    latent : Tensor
+        x_T to sample, (B, \\*d).
+    images : Tensor
+        Images to encode and decode, (B', \\*d).
+    solvers : sequence of str
+        Names; ``"default"`` is what :func:`ddim_ode.sample` and :func:`ddim_ode.encode` do when nothing is named.
+    budgets : sequence of int
+        Model calls, each way for the round trip.
+    grid : str, optional
+        One grid for all; by default the default of :func:`ddim_ode.sample`.
+    dtype : torch.dtype
+        The state's dtype.
+    exact : Reference, optional
+        What errors are measured against; made if not given.
+    data_range : (float, float) or None
+        As for :func:`ddim_ode.encode`.
+    advance : callable, optional
+        Called with a few words before each piece of work.
+
+    Returns
+    -------
+    Comparison
+        A row has ``solver``, ``nfe`` (the budget), ``calls`` (spent), ``steps``, ``rms`` (over all samples),
+        ``median`` and ``worst`` (per sample), ``seconds``, ``round_trip_mse``, ``round_trip_calls``,
+        ``round_trip_seconds`` and ``failed`` (samples). A budget below one step gives a row of nulls.
+    """
+    if exact is None:
+        advance("reference")
+        exact = reference(evaluate, latent)
+    found = Comparison({"reference": {"rms_difference": exact.difference, "nfe": exact.nfe, "methods": exact.methods}})
+    rows: list[dict[str, Any]] = []
+    found.record["rows"] = rows
+    for name in solvers:
+        for nfe in budgets:
+            advance(f"{name}, {nfe} calls")
+            options: dict[str, Any] = {"nfe": nfe, "dtype": dtype}
+            if name != "default":
+                options |= {"solver": name, "grid": grid or DEFAULTS["sample"][1]}
+                if get(name).nfe(1) > nfe:
+                    rows.append({"solver": name, "nfe": nfe} | dict.fromkeys(_MEASURED))
+                    continue
+            start = time.perf_counter()
+            run = sample(evaluate, latent, **options)
+            middle = time.perf_counter()
+            trip = round_trip(evaluate, images, data_range=data_range, **options)
+            end = time.perf_counter()
+            each = rms(run.x, exact.x)
+            failed = [s is not Status.SUCCESS for s in run.status]
+            if any(failed):
+                each[torch.tensor(failed)] = math.nan
+            found.samples[name, nfe], found.reconstructions[name, nfe] = run.x, trip.reconstruction
+            rows.append(
+                {
+                    "solver": name,
+                    "nfe": nfe,
+                    "calls": run.nfe,
+                    "steps": run.grid.steps,
+                    "rms": float(each.square().mean().sqrt()),
+                    "median": float(each.median()),
+                    "worst": float(each.max()),
+                    "seconds": middle - start,
+                    "round_trip_mse": float(trip.mse.mean()),
+                    "round_trip_calls": trip.nfe,
+                    "round_trip_seconds": end - middle,
+                    "failed": sum(failed) + sum(s is not Status.SUCCESS for s in trip.status),
+                }
+            )
+    found.record = (
+        circumstances(evaluate, dtype) | {"samples": latent.shape[0], "images": images.shape[0]} | found.record
+    )
+    found.record["defaults"] = {k: list(v) for k, v in DEFAULTS.items()}
+    found.record["grid"] = grid or DEFAULTS["sample"][1]
+    return found
+
+
+_MEASURED = (
+    "calls",
+    "steps",
+    "rms",
+    "median",
+    "worst",
+    "seconds",
+    "round_trip_mse",
+    "round_trip_calls",
+    "round_trip_seconds",
+    "failed",
+)
+
+
+def circumstances(evaluate: EpsilonField | None = None, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """What a figure needs beside it to be believed: versions, commit, device, dtypes, threads, date."""
+    record: dict[str, Any] = {
+        "ddim_ode": ddim_ode.__version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    if evaluate is not None:
+        record["device"] = str(evaluate.device or "cpu")
+        record["network_dtype"] = None if evaluate.dtype is None else str(evaluate.dtype).removeprefix("torch.")
+        record["schedule"] = {k: v for k, v in evaluate.schedule.config.items() if k != "alphas_cumprod"}
+    if dtype is not None:
+        record["state_dtype"] = str(dtype).removeprefix("torch.")
+    return record
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this package runs from, if it is one."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent)]
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=5
+        ).stdout.strip()
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True, timeout=5
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if dirty else "")

@@ -1,0 +1,115 @@
+"""Figures from records: nothing is computed here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ddim_ode.data import to_uint8
+from ddim_ode.files import replacing
+
+__all__ = ["error_figure", "round_trip_figure", "save_figure", "sheet_figure"]
+
+_MARKERS = "osD^vP*X<>hd"
+
+# One look for every figure; a colour map with more than ten distinct entries.
+_STYLE = {
+    "font.size": 9.0,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.5,
+}
+
+
+def error_figure(record: dict[str, Any]) -> Figure:
+    """Error of the samples against model calls, log–log, a line a solver."""
+    figure, axes = _axes("Model calls", "RMS error against the reference")
+    _lines(axes, record["rows"], "calls", "rms")
+    floor = record["reference"]["rms_difference"]
+    axes.axhline(floor, color="0.5", linestyle=":", linewidth=1.0)
+    axes.annotate(
+        "the two references differ", (0.01, floor), xycoords=("axes fraction", "data"), va="bottom", color="0.4"
+    )
+    axes.set_title(f"{record['samples']} samples, same latents, grid {record['grid']}")
+    return figure
+
+
+def round_trip_figure(record: dict[str, Any]) -> Figure:
+    """Mean squared error of encode-then-decode against model calls each way, log–log, a line a solver."""
+    figure, axes = _axes("Model calls each way", "Round trip: MSE per dimension on [0, 1]")
+    _lines(axes, record["rows"], "calls", "round_trip_mse")
+    axes.set_title(f"{record['images']} images, grid {record['grid']}")
+    return figure
+
+
+def sheet_figure(rows: Sequence[tuple[str, Sequence[Tensor]]], columns: Sequence[str], title: str) -> Figure:
+    """Labelled rows of image strips: one strip a column, each of images (n, C, H, W) in [−1, 1]."""
+    with matplotlib.rc_context(_STYLE):
+        strips = [[_strip(to_uint8(cell)) for cell in cells] for _, cells in rows]
+        height, width = strips[0][0].shape[:2]
+        wide = 1.9 * max(1.0, width / height / 4.0)
+        figure = Figure(
+            figsize=(1.0 + wide * len(columns), 0.5 + (wide * height / width + 0.08) * len(rows)), layout="constrained"
+        )
+        grid = np.asarray(figure.subplots(len(rows), len(columns), squeeze=False))
+        for i, (name, _) in enumerate(rows):
+            for j, column in enumerate(columns):
+                axes = grid[i, j]
+                axes.imshow(strips[i][j], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+                axes.set(xticks=[], yticks=[])
+                axes.grid(visible=False)
+                axes.spines[:].set_visible(False)
+                if i == 0:
+                    axes.set_title(column, fontsize=9)
+                if j == 0:
+                    axes.set_ylabel(name, rotation=0, ha="right", va="center")
+        figure.suptitle(title, fontsize=10)
+        return figure
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure, whole or not at all; the ending decides the format."""
+    path = Path(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], dpi=150)
+
+
+def _axes(x: str, y: str) -> tuple[Figure, Axes]:
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = figure.subplots()
+    axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+    return figure, axes
+
+
+def _lines(axes: Axes, rows: list[dict[str, Any]], x: str, y: str) -> None:
+    names = list(dict.fromkeys(row["solver"] for row in rows))
+    colours = matplotlib.colormaps["tab20" if len(names) > 10 else "tab10"]
+    with matplotlib.rc_context(_STYLE):
+        for i, name in enumerate(names):
+            points = [row for row in rows if row["solver"] == name and row[x]]
+            values = [np.nan if row[y] is None else row[y] for row in points]
+            bold = {"color": "black", "linewidth": 2.2, "zorder": 5} if name == "default" else {"color": colours(i)}
+            axes.plot([row[x] for row in points], values, marker=_MARKERS[i % len(_MARKERS)], label=name, **bold)
+        ticks = sorted({row[x] for row in rows if row[x]})
+        axes.set_xticks(ticks, [str(t) for t in ticks], minor=False)
+        axes.minorticks_off()
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _strip(images: np.ndarray) -> np.ndarray:
+    n, channels, height, width = images.shape
+    strip = images.transpose(2, 0, 3, 1).reshape(height, n * width, channels)
+    return strip[..., 0] if channels == 1 else strip

@@ -1,0 +1,90 @@
+"""Fixed-grid loops on CUDA, and under fake CUDA tensors where there is none: no sync, no mixed devices."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import ddim_ode
+from ddim_ode import DATA, EpsilonField, Gaussian, Grid, Multistep, NoiseSchedule, RungeKutta, solvers
+from ddim_ode.models.unet import GaussianResidual, UNet
+from ddim_ode.solvers.runge_kutta import HEUN
+
+LINEAR = NoiseSchedule.linear()
+SHAPE = (1, 8, 8)
+METHODS = [
+    *solvers(),
+    Multistep(3, start="rk"),
+    Multistep(4, clock="t", start="rk"),
+    Multistep(2, clock="arctan", linear=DATA),
+    Multistep(3, linear=Gaussian(torch.zeros(SHAPE), torch.tensor(0.3))),
+    Multistep(3, linear=Gaussian(torch.zeros(SHAPE), torch.rand(SHAPE) + 0.1)),
+    Multistep(2, linear=Gaussian(torch.zeros(SHAPE), torch.rand(64) + 0.1, torch.linalg.qr(torch.randn(64, 64)).Q)),
+    RungeKutta(HEUN, "log"),
+]
+
+
+def network():
+    net = UNet(1, 8, 8, (1, 2), 1, (4,), 4)
+    return GaussianResidual(net, LINEAR, torch.zeros(SHAPE), 0.5).eval().requires_grad_(False)
+
+
+def on_fake_cuda(module):
+    """The module with every tensor in it replaced by a fake one on CUDA (initialisers cannot run there)."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+                    tensors[name] = torch.nn.Parameter(fake, False) if tensors is part._parameters else fake
+    return module
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize("encoding", [False, True], ids=["sample", "encode"])
+def test_fake_cuda(method, encoding):
+    grid = Grid.make("quadratic", LINEAR, 6)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x_bar = torch.empty((2, *SHAPE), device="cuda", dtype=torch.float64)
+        field = EpsilonField(lambda x, t: torch.sin(x) * t.reshape(-1, 1, 1, 1), LINEAR, dtype=torch.float32)
+        run = ddim_ode.integrate(field, x_bar, grid.reversed() if encoding else grid, method)
+        assert run.x.device.type == "cuda"
+        assert run.x.dtype == torch.float64
+        assert run.x.shape == x_bar.shape
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction", "score", "flow"])
+def test_fake_cuda_through_a_real_network(prediction):
+    net = network()
+    with FakeTensorMode():
+        field = EpsilonField(on_fake_cuda(net), LINEAR, prediction, shape=SHAPE)
+        latent = torch.empty((2, *SHAPE), device="cuda")
+        assert ddim_ode.sample(field, latent, nfe=6, solver="ab3").x.device.type == "cuda"
+        assert ddim_ode.round_trip(field, latent, nfe=6, data_range=None).latent.device.type == "cuda"
+
+
+def test_fake_cuda_guidance():
+    with FakeTensorMode():
+        condition, null = torch.empty((2, 1, 1, 1), device="cuda"), torch.empty((1, 1, 1, 1), device="cuda")
+        options = {"condition": condition, "null_condition": null, "guidance_scale": 3.0}
+        field = EpsilonField(lambda x, t, c: x * c, LINEAR, **options)
+        latent = torch.empty((2, *SHAPE), device="cuda")
+        assert ddim_ode.sample(field, latent, nfe=6).x.device.type == "cuda"
+
+
+def test_a_sync_would_be_caught():
+    with FakeTensorMode():
+        field = EpsilonField(lambda x, t: x * float(t.mean()), LINEAR)
+        with pytest.raises(Exception, match="(?i)data.?dependent|item|cuda"):
+            ddim_ode.sample(field, torch.empty((2, *SHAPE), device="cuda"), nfe=2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_cuda_agrees_with_cpu(method):
+    latent = ddim_ode.noise(SHAPE, 2, 0)
+    torch.manual_seed(0)
+    net = network().double()
+    there = ddim_ode.sample(EpsilonField(net, LINEAR), latent, steps=6, solver=method).x
+    field = EpsilonField(net.cuda(), LINEAR)
+    here = ddim_ode.sample(field, latent.cuda(), steps=6, solver=method).x
+    torch.testing.assert_close(here.cpu(), there, rtol=1e-8, atol=1e-8)

@@ -1,0 +1,194 @@
+"""The one owner of scaling, labels, number formats, prediction types and guidance."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ddim_ode import EpsilonField, NoiseSchedule
+from ddim_ode.field import PREDICTIONS
+
+LINEAR = NoiseSchedule.linear()
+X = torch.randn(3, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def true_eps(x_bar, sigma):
+    """Exact ε of N(0.3, 0.5²) in every dimension."""
+    return sigma * (x_bar - 0.3) / (0.25 + sigma**2)
+
+
+def seen(**options):
+    calls = []
+
+    def model(x, t, *rest):
+        calls.append((x, t, *rest))
+        return torch.zeros_like(x)
+
+    return EpsilonField(model, LINEAR, **options), calls
+
+
+def test_the_network_sees_scaled_states_and_fractional_labels():
+    field, calls = seen()
+    sigma = LINEAR.sigma(321.5)
+    field(X, sigma)
+    x, t = calls[0]
+    torch.testing.assert_close(x, X / np.sqrt(1 + sigma**2), rtol=1e-14, atol=0)
+    assert t.shape == (3,)
+    torch.testing.assert_close(t, torch.full((3,), 320.5, dtype=torch.float64), rtol=1e-12, atol=0)
+    assert field.nfe == 1
+
+
+def test_sigma_zero_gets_the_first_label():
+    field, calls = seen()
+    field(X, 0.0)
+    assert calls[0][1].tolist() == [0.0] * 3
+    torch.testing.assert_close(calls[0][0], X, rtol=0, atol=0)
+
+
+def test_nearest_labels_are_integers():
+    field, calls = seen(label="nearest")
+    field(X, LINEAR.sigma(321.6))
+    assert calls[0][1].dtype == torch.int64
+    assert calls[0][1].tolist() == [321] * 3
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("sigma", [0.0, LINEAR.sigma_min, 0.5, 20.0])
+def test_every_prediction_type_gives_the_same_epsilon(prediction, sigma):
+    level = sigma or LINEAR.sigma_min  # what a network is asked for at σ = 0
+
+    def model(x, t):
+        # From the definitions, in the paper's α: x = √α x₀ + √(1−α) ε
+        alpha = 1.0 / (1.0 + level**2)
+        x_bar = x * np.sqrt(1.0 + sigma**2)
+        eps = true_eps(x_bar, level)
+        x0 = x_bar - level * eps
+        return {
+            "epsilon": eps,
+            "sample": x0,
+            "v_prediction": np.sqrt(alpha) * eps - np.sqrt(1 - alpha) * x0,
+            "score": -eps / np.sqrt(1 - alpha),
+            "flow": eps - x0,
+        }[prediction]
+
+    field = EpsilonField(model, LINEAR, prediction)
+    torch.testing.assert_close(field(X, sigma), true_eps(X, level), rtol=1e-10, atol=1e-10)
+
+
+def test_parameters_set_the_networks_dtype_and_the_state_keeps_its_own():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+            self.seen = None
+
+        def forward(self, x, t):
+            self.seen = x.dtype, t.dtype
+            return x * self.scale
+
+    network = Network()
+    assert EpsilonField(network, LINEAR)(X, 1.0).dtype == torch.float64
+    assert network.seen == (torch.float32, torch.float32)
+    network.half()
+    EpsilonField(network, LINEAR)(X, 1.0)
+    assert network.seen == (torch.float16, torch.float32)
+    EpsilonField(network.double(), LINEAR)(X.float(), 1.0)
+    assert network.seen == (torch.float64, torch.float64)
+    field, calls = seen(dtype=torch.float32)
+    field(X, 1.0)
+    assert calls[0][0].dtype == torch.float32
+
+
+def test_from_sigma_sees_the_state_itself():
+    calls = []
+
+    def eps(x_bar, sigma):
+        calls.append((x_bar, sigma))
+        return true_eps(x_bar, sigma)
+
+    field = EpsilonField.from_sigma(eps, LINEAR)
+    torch.testing.assert_close(field(X, 2.0), true_eps(X, 2.0))
+    assert calls[0][0] is X
+    assert calls[0][1] == 2.0
+    assert field.nfe == 1
+
+
+def test_guidance_is_one_doubled_batch():
+    calls = []
+
+    def model(x, t, condition):
+        calls.append(x.shape[0])
+        return x * condition[:, None, None]
+
+    given, null = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    field = EpsilonField(model, LINEAR, condition=given, null_condition=null, guidance_scale=2.5)
+    x = X / np.sqrt(2.0)
+    torch.testing.assert_close(field(X, 1.0), 2.5 * x * given[:, None, None])
+    assert calls == [6]
+    assert field.nfe == 1
+    plain = EpsilonField(model, LINEAR, condition=given)
+    torch.testing.assert_close(plain(X, 1.0), x * given[:, None, None])
+    assert calls == [6, 3]
+
+
+def test_autocast_channels_last_and_compile():
+    network = nn.Conv2d(2, 2, 3, padding=1)
+    images = torch.randn(2, 2, 8, 8)
+    formats = []
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network
+
+        def forward(self, x, t):
+            out = self.inner(x)
+            formats.append((out.dtype, x.is_contiguous(memory_format=torch.channels_last)))
+            return out
+
+    plain = EpsilonField(Network(), LINEAR)(images, 1.0)
+    cast = EpsilonField(Network(), LINEAR, autocast=torch.bfloat16, channels_last=True)(images, 1.0)
+    assert formats == [(torch.float32, False), (torch.bfloat16, True)]
+    assert cast.dtype == torch.float32
+    torch.testing.assert_close(cast, plain, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.slow
+def test_compiled_networks_give_the_same():
+    network = nn.Conv2d(2, 2, 3, padding=1)
+    images = torch.randn(2, 2, 8, 8)
+    model = type("Network", (nn.Module,), {"forward": lambda self, x, t: network(x)})()
+    compiled = EpsilonField(model, LINEAR, compile=True)(images, 1.0)
+    torch.testing.assert_close(compiled, EpsilonField(model, LINEAR)(images, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda: EpsilonField("net", LINEAR), TypeError, "callable"),
+        (lambda: EpsilonField(torch.sin, LINEAR, "eps"), ValueError, "did you mean 'epsilon'"),
+        (lambda: EpsilonField(torch.sin, LINEAR, label="round"), ValueError, "fractional"),
+        (lambda: EpsilonField(torch.sin, LINEAR, guidance_scale=2.0), ValueError, "null_condition"),
+        (lambda: EpsilonField.from_sigma(3.0, LINEAR), TypeError, "callable"),
+        (
+            lambda: EpsilonField(lambda x, t: x[:, :1], LINEAR)(X, 1.0),
+            ValueError,
+            r"shape \(3, 2, 4\), but returned \(3, 1, 4\)",
+        ),
+        (
+            lambda: EpsilonField(lambda x, t, c: x, LINEAR, condition=torch.ones(2))(X, 1.0),
+            ValueError,
+            "condition has 2 rows, but the batch has 3",
+        ),
+    ],
+)
+def test_bad_use_is_refused(make, error, says):
+    with pytest.raises(error, match=says):
+        make()
+
+
+def test_training_mode_with_dropout_is_warned_about():
+    network = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))
+    with pytest.warns(UserWarning, match=r"model.eval\(\)"):
+        EpsilonField(network, LINEAR)
+    EpsilonField(network.eval(), LINEAR)

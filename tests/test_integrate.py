@@ -1,0 +1,138 @@
+"""The loop: what it promises whatever the solver."""
+
+import numpy as np
+import pytest
+import torch
+
+from ddim_ode import EpsilonField, Grid, NoiseSchedule, Solver, Status, integrate, solvers
+from ddim_ode.models.analytic import GaussianEpsilon
+
+LINEAR = NoiseSchedule.linear()
+EXACT = GaussianEpsilon(torch.zeros(2, 3), torch.full((2, 3), 0.5))
+FIELD = EpsilonField.from_sigma(EXACT, LINEAR, shape=(2, 3))
+X = torch.randn(4, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+SIGMAS = np.linspace(4.0, 0.5, 9)
+
+
+class Still(Solver):
+    """A stub that adds one to every state: it tests the loop without numerics."""
+
+    name, order, nfe_per_step, source = "still", 1, 1, "a test"
+
+    def init(self, field, x_bar, grid):
+        return ()
+
+    def step(self, field, x_bar, n, state):
+        field(x_bar, 1.0)
+        return x_bar + 1.0, (*state, n), None
+
+
+def test_the_loop_drives_any_solver_step_by_step():
+    run = integrate(FIELD, X, SIGMAS, Still(), trajectory=True)
+    torch.testing.assert_close(run.x_bar, X + 8.0)
+    assert run.nfe == 8
+    assert run.trajectory.shape == (9, 4, 2, 3)
+    torch.testing.assert_close(run.trajectory[3], X + 3.0)
+    assert run.success
+    assert run.sigma == (0.5,) * 4
+    torch.testing.assert_close(run.x, (X + 8.0) / np.sqrt(1.25))
+
+
+@pytest.mark.parametrize("solver", solvers(), ids=lambda s: s.name)
+def test_no_solver_changes_its_input(solver):
+    before = X.clone()
+    seen = []
+    run = integrate(FIELD, X, SIGMAS, solver, trajectory=True, callback=lambda step: seen.append(step.x_bar))
+    torch.testing.assert_close(X, before, rtol=0, atol=0)
+    # Nor a state it has handed out: the last one would show if steps shared memory.
+    for kept, state in zip(seen, run.trajectory[1:], strict=True):
+        torch.testing.assert_close(kept, state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("solver", solvers(), ids=lambda s: s.name)
+def test_a_model_that_returns_its_input_does_no_harm(solver):
+    grid = Grid.explicit(SIGMAS, LINEAR)
+    mine = integrate(EpsilonField(lambda x, t: x, LINEAR), X, grid, solver).x_bar
+    copied = integrate(EpsilonField(lambda x, t: x.clone(), LINEAR), X, grid, solver).x_bar
+    torch.testing.assert_close(mine, copied, rtol=0, atol=0)
+
+
+def test_callbacks_see_every_step():
+    steps = []
+    integrate(FIELD, X, SIGMAS, "heun", callback=steps.append)
+    assert [step.index for step in steps] == list(range(8))
+    assert [(step.sigma, step.sigma_next) for step in steps] == list(zip(SIGMAS[:-1], SIGMAS[1:], strict=True))
+    assert [step.nfe for step in steps] == list(range(2, 18, 2))
+
+
+def test_the_states_dtype_is_kept_or_chosen():
+    assert integrate(FIELD, X.float(), SIGMAS, "ab3").x_bar.dtype == torch.float32
+    assert integrate(FIELD, X.float(), SIGMAS, "ab3", dtype=torch.float64).x_bar.dtype == torch.float64
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ab3", "ab3-rk", "dpmpp2m", "heun"])
+@pytest.mark.parametrize("when", [3.2, 1.0])
+def test_a_failing_sample_stops_alone_at_its_last_finite_state(solver, when):
+    def eps(x_bar, sigma):
+        out = EXACT(x_bar, sigma)
+        bad = (x_bar[:, 1, 1] > 100.0) & (sigma < when)
+        return torch.where(bad[:, None, None], torch.nan, out)
+
+    start = X.clone()
+    start[2, 1, 1] = 1000.0  # marks the sample that will fail
+    field = EpsilonField.from_sigma(eps, LINEAR)
+    run = integrate(field, start, SIGMAS, solver)
+    assert run.status == (Status.SUCCESS, Status.SUCCESS, Status.NONFINITE, Status.SUCCESS)
+    assert not run.success
+    assert bool(run.x_bar.isfinite().all())
+    assert run.sigma[2] in SIGMAS
+    whole = integrate(FIELD, start, SIGMAS, solver, trajectory=True)
+    for i in (0, 1, 3):
+        torch.testing.assert_close(run.x_bar[i], whole.x_bar[i], rtol=0, atol=0)
+    # The state it holds is the one it had at the σ it names.
+    at = SIGMAS.tolist().index(run.sigma[2])
+    torch.testing.assert_close(run.x_bar[2], whole.trajectory[at, 2], rtol=1e-12, atol=0)
+    assert run.nfe == whole.nfe
+    torch.testing.assert_close(run.x[2] * np.sqrt(1 + run.sigma[2] ** 2), run.x_bar[2])
+
+
+def test_a_sample_that_fails_at_once_keeps_its_start():
+    field = EpsilonField.from_sigma(lambda x_bar, sigma: x_bar * torch.inf, LINEAR)
+    run = integrate(field, X, SIGMAS)
+    assert set(run.status) == {Status.NONFINITE}
+    torch.testing.assert_close(run.x_bar, X)
+    assert run.sigma == (4.0,) * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"x_bar": X.numpy()}, TypeError, "x_bar must be a torch tensor"),
+        ({"x_bar": (X * 10).long()}, TypeError, "x_bar must hold floats.*int64"),
+        ({"x_bar": X[:, :1]}, ValueError, r"x_bar must have shape \(B, 2, 3\)"),
+        ({"x_bar": torch.zeros(0, 2, 3)}, ValueError, "B >= 1"),
+        ({"x_bar": torch.full((3, 2, 3), torch.nan)}, ValueError, "x_bar must be finite, but samples 0, 1, 2"),
+        ({"sigmas": [1.0, 2.0, 1.5]}, ValueError, "strictly rise or strictly fall"),
+        ({"sigmas": [1e9, 1.0]}, ValueError, "sigma_max"),
+        ({"solver": "abb3"}, ValueError, "unknown solver 'abb3': did you mean ab3"),
+        ({"solver": 3}, TypeError, "name or a Solver"),
+    ],
+)
+def test_bad_input_is_refused_before_any_call(change, error, says):
+    calls = FIELD.nfe
+    with pytest.raises(error, match=says):
+        integrate(FIELD, **({"x_bar": X, "sigmas": SIGMAS, "solver": "ddim"} | change))
+    assert FIELD.nfe == calls
+
+
+def test_another_device_is_refused():
+    network = torch.nn.Linear(3, 3)
+    field = EpsilonField(network, LINEAR)
+    with pytest.raises(ValueError, match=r"x_bar is on meta, but the model is on cpu.*\.to"):
+        integrate(field, torch.zeros(1, 2, 3, device="meta"), SIGMAS)
+
+
+def test_a_wrong_shape_from_the_model_is_said():
+    field = EpsilonField(lambda x, t: x[:1], LINEAR)
+    with pytest.raises(ValueError, match="must return what it was given"):
+        integrate(field, X, SIGMAS)

@@ -1,0 +1,193 @@
+"""sample, encode, decode, round_trip, interpolate."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import ddim_ode
+from ddim_ode import EpsilonField, Grid, NoiseSchedule, Status
+from ddim_ode.models.analytic import GaussianEpsilon
+from ddim_ode.sampling import DEFAULTS, LatentWarning, slerp
+
+LINEAR = NoiseSchedule.linear()
+SHAPE = (1, 8, 8)
+EXACT = GaussianEpsilon(torch.full(SHAPE, 0.1), torch.linspace(0.01, 0.2, 64).reshape(SHAPE))
+FIELD = EpsilonField.from_sigma(EXACT, LINEAR, shape=SHAPE)
+LATENT = ddim_ode.noise(SHAPE, 3, seed=1)
+IMAGES = torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
+
+
+def exact_samples(latent):
+    end = LINEAR.sigma_max
+    return EXACT.solution(latent * np.sqrt(1 + end**2), end, 0.0)
+
+
+def test_sampling_solves_the_equation():
+    run = ddim_ode.sample(FIELD, LATENT, nfe=400, solver="ab3-rk")
+    torch.testing.assert_close(run.x, exact_samples(LATENT), atol=1e-4, rtol=0)
+    assert run.x.dtype == torch.float64
+    assert run.nfe <= 400
+
+
+def test_encoding_undoes_it():
+    code = ddim_ode.encode(FIELD, exact_samples(LATENT), nfe=400, data_range=None)
+    torch.testing.assert_close(code.x, LATENT, atol=1e-2, rtol=0)
+    assert code.grid.sigmas[-1] == LINEAR.sigma_max
+
+
+def test_round_trip_reports_the_papers_error():
+    trip = ddim_ode.round_trip(FIELD, IMAGES, nfe=20, solver="ddim", grid="linear")
+    there = ddim_ode.encode(FIELD, IMAGES, nfe=20, solver="ddim", grid="linear")
+    torch.testing.assert_close(trip.latent, there.x)
+    with pytest.warns(LatentWarning):  # uniform noise is no draw from this Gaussian, and its latent shows it
+        back = ddim_ode.decode(FIELD, trip.latent, nfe=20, solver="ddim", grid="linear")
+    torch.testing.assert_close(trip.reconstruction, back.x)
+    by_hand = ((IMAGES / 2 - trip.reconstruction / 2) ** 2).reshape(3, -1).mean(1)
+    torch.testing.assert_close(trip.mse, by_hand)
+    assert trip.nfe == 40
+    assert trip.status == (Status.SUCCESS,) * 3
+
+
+def test_defaults_are_used_each_way():
+    run = ddim_ode.sample(FIELD, LATENT, nfe=10)
+    solver, grid = DEFAULTS["sample"]
+    torch.testing.assert_close(
+        run.x, ddim_ode.sample(FIELD, LATENT, nfe=10, solver=solver, grid=grid).x, rtol=0, atol=0
+    )
+    code = ddim_ode.encode(FIELD, IMAGES, nfe=10)
+    solver, grid = DEFAULTS["encode"]
+    torch.testing.assert_close(
+        code.x, ddim_ode.encode(FIELD, IMAGES, nfe=10, solver=solver, grid=grid).x, rtol=0, atol=0
+    )
+
+
+def test_budgets_buy_whole_steps():
+    assert ddim_ode.sample(FIELD, LATENT, nfe=11, solver="heun").nfe == 10
+    assert ddim_ode.sample(FIELD, LATENT, nfe=11, solver="heun").grid.steps == 5
+    assert ddim_ode.sample(FIELD, LATENT, steps=11, solver="heun").nfe == 22
+    assert ddim_ode.sample(FIELD, LATENT, nfe=12, solver="ab4-rk").grid.steps == 6
+    assert ddim_ode.sample(FIELD, LATENT).nfe == 50
+
+
+def test_a_grid_may_be_a_name_a_grid_or_numbers_in_either_direction():
+    grid = Grid.make("karras", LINEAR, 8)
+    runs = [
+        ddim_ode.sample(FIELD, LATENT, grid="karras", steps=8, solver="ab2"),
+        ddim_ode.sample(FIELD, LATENT, grid=grid, solver="ab2"),
+        ddim_ode.sample(FIELD, LATENT, grid=grid.reversed(), solver="ab2"),
+        ddim_ode.sample(FIELD, LATENT, grid=grid.sigmas.tolist(), solver="ab2"),
+    ]
+    for run in runs[1:]:
+        torch.testing.assert_close(run.x, runs[0].x, rtol=0, atol=0)
+
+
+def test_a_seed_and_an_index_make_an_image():
+    all_at_once = ddim_ode.sample(FIELD, n=5, seed=7, nfe=6)
+    one_by_one = ddim_ode.sample(FIELD, n=5, seed=7, nfe=6, batch_size=1)
+    torch.testing.assert_close(one_by_one.x, all_at_once.x, rtol=1e-12, atol=1e-12)
+    fewer = ddim_ode.sample(FIELD, n=2, seed=7, nfe=6)
+    torch.testing.assert_close(fewer.x, all_at_once.x[:2], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ddim_ode.noise(SHAPE, 2, 7, first=3), ddim_ode.noise(SHAPE, 5, 7)[3:], rtol=0, atol=0)
+    single = ddim_ode.noise(SHAPE, 2, 7, dtype=torch.float32)
+    torch.testing.assert_close(single, ddim_ode.noise(SHAPE, 2, 7).float(), rtol=0, atol=0)
+    assert not torch.equal(ddim_ode.noise(SHAPE, 1, 7), ddim_ode.noise(SHAPE, 1, 8))
+
+
+def test_conditions_follow_their_samples_through_batches():
+    condition = torch.arange(5.0, dtype=torch.float64)
+    field = EpsilonField(lambda x, t, c: c.reshape(-1, 1, 1, 1) * torch.ones_like(x), LINEAR, condition=condition)
+    latent = ddim_ode.noise(SHAPE, 5, 0)
+    whole = ddim_ode.sample(field, latent, nfe=4)
+    parts = ddim_ode.sample(field, latent, nfe=4, batch_size=2)
+    torch.testing.assert_close(parts.x, whole.x, rtol=1e-13, atol=1e-12)
+
+
+def test_conditions_follow_a_failed_sample_into_its_second_run():
+    condition = torch.tensor([0.0, 1.0, 0.0])
+
+    def model(x, t, c):
+        c = c.reshape(-1, 1, 1, 1)
+        return torch.where((c > 0.5) & (t.reshape(-1, 1, 1, 1) < 300.0), torch.nan, 0.1 * x)
+
+    field = EpsilonField(model, LINEAR, condition=condition)
+    for batch_size in (None, 2):
+        run = ddim_ode.sample(field, LATENT, nfe=10, solver="ddim", grid="linear", batch_size=batch_size)
+        assert [s.name for s in run.status] == ["SUCCESS", "NONFINITE", "SUCCESS"]
+        assert run.sigma[1] == pytest.approx(LINEAR.sigma(300))
+
+
+def test_interpolation_is_spherical():
+    a, b = ddim_ode.noise(SHAPE, 2, 0), ddim_ode.noise(SHAPE, 2, 5)
+    torch.testing.assert_close(slerp(a, b, 0.0), a)
+    torch.testing.assert_close(slerp(a, b, 1.0), b)
+    unit_a, unit_b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    torch.testing.assert_close(slerp(unit_a, unit_b, 0.5), torch.full((1, 2), 0.5**0.5))
+    torch.testing.assert_close(slerp(unit_a, unit_a, 0.3), unit_a)
+    run = ddim_ode.interpolate(FIELD, a, b, 3, nfe=10)
+    assert run.x.shape == (6, *SHAPE)
+    torch.testing.assert_close(run.x[0::3], ddim_ode.sample(FIELD, a, nfe=10).x)
+    torch.testing.assert_close(run.x[2::3], ddim_ode.sample(FIELD, b, nfe=10).x)
+    torch.testing.assert_close(run.x[1::3], ddim_ode.sample(FIELD, slerp(a, b, 0.5), nfe=10).x)
+
+
+def test_an_image_passed_as_a_latent_is_warned_about():
+    with pytest.warns(LatentWarning, match="is it an image"):
+        ddim_ode.sample(FIELD, IMAGES, nfe=2)
+    with pytest.warns(LatentWarning, match="standard deviation"):
+        ddim_ode.sample(FIELD, 20 * LATENT, nfe=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ddim_ode.sample(FIELD, n=200, seed=3, nfe=1)
+        ddim_ode.sample(FIELD, ddim_ode.noise(SHAPE, 200, 3), nfe=1)
+
+
+def test_float32_states():
+    run = ddim_ode.sample(FIELD, LATENT, nfe=10, dtype=torch.float32)
+    assert run.x.dtype == torch.float32
+    torch.testing.assert_close(run.x.double(), ddim_ode.sample(FIELD, LATENT, nfe=10).x, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: ddim_ode.sample(FIELD), ValueError, "latent=, or n="),
+        (lambda: ddim_ode.sample(FIELD, LATENT, n=4), ValueError, "n = 4 contradicts the 3 latents"),
+        (lambda: ddim_ode.sample(FIELD, n=0), ValueError, "n must be a whole number"),
+        (lambda: ddim_ode.sample(FIELD, n=2, seed=-1), ValueError, "seed must be"),
+        (lambda: ddim_ode.sample(FIELD, n=2, nfe=0), ValueError, "nfe = 0 does not pay for one step"),
+        (lambda: ddim_ode.sample(FIELD, n=2, nfe=3, solver="rk4"), ValueError, "rk4, which takes 4 calls"),
+        (lambda: ddim_ode.sample(FIELD, n=2, nfe=2.5), ValueError, "whole number of model calls"),
+        (lambda: ddim_ode.sample(FIELD, n=2, nfe=5, steps=5), ValueError, "give one of them"),
+        (lambda: ddim_ode.sample(FIELD, n=2, steps=5, grid=[3.0, 1.0, 0.0]), ValueError, "steps = 5 contradicts"),
+        (lambda: ddim_ode.sample(FIELD, n=2, nfe=1, grid=[3.0, 1.0, 0.0]), ValueError, "does not pay for the 2 steps"),
+        (lambda: ddim_ode.sample(FIELD, n=2, grid="karas"), ValueError, "did you mean karras"),
+        (lambda: ddim_ode.sample(FIELD, n=2, solver="dpmpp4m"), ValueError, "did you mean dpmpp"),
+        (lambda: ddim_ode.sample(FIELD, n=2, batch_size=0), ValueError, "batch_size"),
+        (lambda: ddim_ode.sample(EXACT, n=2), TypeError, "EpsilonField"),
+        (lambda: ddim_ode.sample(EpsilonField(torch.sin, LINEAR), n=2), ValueError, "shape"),
+        (lambda: ddim_ode.sample(FIELD, LATENT[:, 0]), ValueError, r"latent must have shape \(B, 1, 8, 8\)"),
+        (lambda: ddim_ode.sample(FIELD, LATENT * torch.inf), ValueError, "latent must be finite"),
+        (lambda: ddim_ode.encode(FIELD, IMAGES * 2), ValueError, r"images must lie in \[-1, 1\]"),
+        (lambda: ddim_ode.encode(FIELD, (IMAGES * 100).to(torch.uint8)), TypeError, "127.5"),
+        (lambda: ddim_ode.encode(FIELD, IMAGES.clone().fill_(torch.nan)), ValueError, "images must be finite"),
+        (lambda: ddim_ode.interpolate(FIELD, LATENT, LATENT[:2]), ValueError, "one shape"),
+        (lambda: ddim_ode.interpolate(FIELD, LATENT, LATENT, 1), ValueError, "at least 2"),
+    ],
+)
+def test_bad_input_is_refused_before_any_call(call, error, says):
+    calls = FIELD.nfe
+    with pytest.raises(error, match=says):
+        call()
+    assert FIELD.nfe == calls
+
+
+def test_solvers_describe_themselves():
+    names = [s.name for s in ddim_ode.solvers()]
+    wanted = "ddim pf-euler ab2 ab3 ab4 deis2 deis3 deis4 dpmpp2m dpmpp3m midpoint heun kutta3 rk4".split()
+    assert set(wanted) <= set(names)
+    for solver in ddim_ode.solvers():
+        assert solver.order >= 1
+        assert solver.nfe_per_step >= 1
+        assert solver.source
