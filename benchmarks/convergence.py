@@ -4,7 +4,7 @@ The order is the mean log₂ ratio of the errors over the last two doublings of 
 problems, over three families of grids on the interior range of σ from :data:`LOW` to :data:`HIGH`, in both
 directions. ``tests/test_order.py`` asserts it on these very cases; this command records and draws it::
 
-    python benchmarks/convergence.py [--out benchmarks/results] [--figures docs/figures] [--figures-only]
+    python -m benchmarks.convergence [--out benchmarks/results] [--figures docs/figures] [--figures-only]
 
 The figure is drawn from ``convergence.json`` alone.
 """
@@ -14,22 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy
 import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-import ddim_ode
 from ddim_ode import (
     EpsilonField,
     Gaussian,
@@ -41,6 +37,7 @@ from ddim_ode import (
     integrate,
     solvers,
 )
+from ddim_ode.comparison import circumstances
 from ddim_ode.files import output_folder, replacing, write_json
 from ddim_ode.models.analytic import GaussianEpsilon, MixtureEpsilon
 from ddim_ode.solvers import get
@@ -239,18 +236,9 @@ def measure(steps: Sequence[int] = (9, 18, *STEPS)) -> dict[str, Any]:
                     )
     return {
         "study": "convergence",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "versions": {
-            "ddim_ode": ddim_ode.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "scipy": scipy.__version__,
-        },
+        **circumstances(),
         "device": "cpu",
         "dtype": "float64",
-        "threads": torch.get_num_threads(),
         "seconds": round(time.perf_counter() - began, 1),
         "schedule": SCHEDULE.config,
         "sigma_range": [LOW, HIGH],
@@ -260,29 +248,13 @@ def measure(steps: Sequence[int] = (9, 18, *STEPS)) -> dict[str, Any]:
     }
 
 
-def commit() -> str | None:
-    """The commit this checkout is at, read from its .git; None outside a checkout."""
-    git = ROOT / ".git"
-    try:
-        head = (git / "HEAD").read_text().strip()
-        if not head.startswith("ref: "):
-            return head
-        reference = head.removeprefix("ref: ")
-        if (git / reference).exists():
-            return (git / reference).read_text().strip()
-        packed = (git / "packed-refs").read_text().splitlines()
-        return next((line.split()[0] for line in packed if line.endswith(f" {reference}")), None)
-    except OSError:
-        return None
-
-
 def table(record: dict[str, Any]) -> str:
     """Measured orders, one line a solver and a problem, one column a grid and a direction."""
     columns = [(grid, direction) for grid in GRIDS for direction in DIRECTIONS]
     lines = [f"{'solver':18} {'problem':9} {'order':>5}  " + "  ".join(f"{g[:7]} {d[:3]}" for g, d in columns)]
     found = {(r["solver"], r["problem"], r["grid"], r["direction"]): r for r in record["results"]}
     for solver, problem in dict.fromkeys((r["solver"], r["problem"]) for r in record["results"]):
-        row = [found[(solver, problem, *column)] for column in columns]
+        row = [found[solver, problem, grid, direction] for grid, direction in columns]
         orders = "  ".join(f"{r['measured_order']:11.2f}" for r in row)
         lines.append(f"{solver:18} {problem:9} {row[0]['expected_order']:5d}  {orders}")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ everyone's. What a user would make once is made outside the timed part: grids, l
 hand, and ``set_timesteps`` of diffusers. A second part asks what is left of it beside a real network: whole runs
 over the bare calls of that network::
 
-    python benchmarks/overhead.py [--out benchmarks/results] [--repeats 25] [--network-repeats 7]
+    python -m benchmarks.overhead [--out benchmarks/results] [--repeats 25] [--network-repeats 7]
 
 Records ``overhead.json``. A peer that is not installed is named in its row, and nothing else changes.
 """
@@ -22,7 +22,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -30,11 +29,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from convergence import commit
 from torch import Tensor
 
 import ddim_ode
 from ddim_ode import EpsilonField, Grid, NoiseSchedule, integrate
+from ddim_ode.comparison import circumstances
 from ddim_ode.files import output_folder, write_json
 from ddim_ode.models.unet import UNet
 from ddim_ode.solvers import get
@@ -119,7 +118,7 @@ def peers(model: Idle, x: Tensor) -> list[Contender]:
     """Those of diffusers and torchdiffeq, each as fast as its documentation allows."""
     rows = []
     try:
-        from diffusers import DDIMScheduler, DPMSolverMultistepScheduler  # pyright: ignore
+        from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
     except ImportError as error:
         rows.append(Contender("diffusers", "peer", None, missing=f"not installed ({error})"))
     else:
@@ -278,7 +277,7 @@ def with_network(repeats: int) -> dict[str, Any]:
 
 def _network() -> tuple[EpsilonField, str]:
     try:
-        return ddim_ode.load(BUNDLED), f"bundled {BUNDLED}"  # pyright: ignore[reportAttributeAccessIssue]
+        return ddim_ode.load(BUNDLED), f"bundled {BUNDLED}"
     except (AttributeError, OSError, ValueError) as error:
         print(f"no bundled network {BUNDLED!r} here ({error}): taking a U-Net with random weights")
         torch.manual_seed(0)
@@ -291,17 +290,11 @@ def measure(repeats: int, network_repeats: int) -> dict[str, Any]:
     grid = Grid.make("quadratic", SCHEDULE, STEPS)
     return {
         "study": "overhead",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "versions": {
-            "ddim_ode": ddim_ode.__version__,
-            "python": platform.python_version(),
-            **{name: _version(name) for name in ("torch", "numpy", "diffusers", "torchdiffeq")},
-        },
+        **circumstances(),
+        **{name: _version(name) for name in ("diffusers", "torchdiffeq")},
         "device": "cpu",
         "processor": platform.processor() or platform.machine(),
         "dtype": "float32 network; each row names its state's",
-        "threads": torch.get_num_threads(),
         "seed": 0,
         "shape": list(SHAPE),
         "steps": STEPS,

@@ -25,11 +25,12 @@ from ddim_ode.field import EpsilonField
 from ddim_ode.files import output_folder, write_json
 from ddim_ode.grid import grids
 from ddim_ode.models.checkpoints import build, bundled, load, save_model
+from ddim_ode.models.unet import GaussianResidual
 from ddim_ode.sampling import DEFAULTS, decode, encode, interpolate, noise, round_trip, sample
 from ddim_ode.schedule import NoiseSchedule
 from ddim_ode.solution import Solution, Status
 from ddim_ode.solvers import get, solvers
-from ddim_ode.training import TrainingOptions, spread, train
+from ddim_ode.training import TrainingOptions, principal, train
 
 __all__ = ["main"]
 
@@ -192,11 +193,11 @@ def _interpolate(o: argparse.Namespace) -> int:
 def _train(o: argparse.Namespace) -> int:
     images = _dataset(o.data)
     schedule = NoiseSchedule.linear() if o.schedule == "linear" else NoiseSchedule.cosine()
-    mean, std = spread(images)
+    mean, variance, basis, rest = principal(images, o.rank)
     description: dict[str, Any] = {
         "shape": list(images.shape[1:]),
         "schedule": schedule.config,
-        "residual": None if o.plain else {"std": std},
+        "residual": {"rank": o.rank, "rest": rest} if o.rank else None,
         "network": {
             "channels": images.shape[1],
             "resolution": images.shape[2],
@@ -207,6 +208,7 @@ def _train(o: argparse.Namespace) -> int:
             "groups": o.groups,
             "dropout": o.dropout,
             "patch": o.patch,
+            "in_channels": 2 * images.shape[1] if o.rank else None,
         },
     }
     options = TrainingOptions(
@@ -216,9 +218,10 @@ def _train(o: argparse.Namespace) -> int:
     out = output_folder(o.out)
     torch.manual_seed(o.seed)
     network = build(description)
-    if not o.plain:
-        network.mean.copy_(mean)  # type: ignore[operator, union-attr]
-    network = network.to(memory_format=torch.channels_last)
+    if isinstance(network, GaussianResidual):
+        for buffer, value in ((network.mean, mean), (network.variance, variance), (network.basis, basis)):
+            buffer.copy_(value)
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     started = json.dumps(description, sort_keys=True)
     described = out / "network.json"
     if described.exists() and json.dumps(json.loads(described.read_text("utf-8")), sort_keys=True) != started:
@@ -391,14 +394,14 @@ def _parser() -> argparse.ArgumentParser:
     p = command("compare", _compare, "Compare solvers: error against calls, round trips, pictures.")
     model(p)
     p.add_argument(
-        "--solvers", default="default,ddim,pf-euler,heun,ab2,ab3,deis3,dpmpp2m,dpmpp3m", help="names, comma-separated"
+        "--solvers", default="default,ddim,pf-euler,heun,ab2,ab3,deis3,dpmpp2m", help="names, comma-separated"
     )
     p.add_argument("--nfe", default="5,10,20,50", help="budgets of model calls, comma-separated")
     p.add_argument("--grid", help=f"one of {', '.join(grids())} (default: {DEFAULTS['sample'][1]})")
     p.add_argument("--n", type=int, default=16, help="samples")
     p.add_argument("--images", help="images to round-trip: a PNG, a folder, .npz, .npy or idx (default: bundled ones)")
     p.add_argument("--n-images", type=int, default=8, help="how many of them")
-    p.add_argument("--reference-nfe", type=int, default=200, help="calls for each of the two reference solutions")
+    p.add_argument("--reference-nfe", type=int, default=400, help="calls for each of the two reference solutions")
     p.add_argument("--out", default="out/compare", help="folder (default: out/compare)")
 
     p = command("sample", _sample, "Draw samples.")
@@ -454,7 +457,9 @@ def _parser() -> argparse.ArgumentParser:
         "--compile", action="store_true", help="torch.compile: a slow start, then about 1.4 times as fast here"
     )
     p.add_argument("--no-autocast", action="store_true", help="train in float32 rather than bfloat16 autocast")
-    p.add_argument("--plain", action="store_true", help="predict ε itself, not the residual of a Gaussian's")
+    p.add_argument(
+        "--rank", type=int, default=256, help="principal directions of the Gaussian part; 0: predict ε itself"
+    )
     p.add_argument("--width", type=int, default=32, help="channels of the first level")
     p.add_argument("--multipliers", default="1,2,4", help="channels of each level, in widths")
     p.add_argument("--blocks", type=int, default=1, help="residual blocks a level")

@@ -9,6 +9,7 @@ import gzip
 import os
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -119,20 +120,24 @@ def read_images(path: str | os.PathLike[str]) -> Uint8:
 
 def read_array(path: str | os.PathLike[str]) -> NDArray[Any]:
     """The array of an ``.npy`` file, or of an ``.npz`` (named ``images``, ``latent``, ``x``, or the only one)."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no arrays at {path}: there is no such file")
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
-            for name in ("images", "latent", "x"):
-                if name in loaded:
-                    return loaded[name]
-            if len(loaded.files) == 1:
-                return loaded[loaded.files[0]]
-            names = ", ".join(loaded.files)
-    except (OSError, ValueError, EOFError, KeyError) as error:
+        with open(path, "rb") as file:
+            return _array(np.load(file, allow_pickle=False), path)
+    except (OSError, EOFError, KeyError, BadZipFile) as error:
         raise ValueError(f"{path} is not a whole array file: {error}") from error
-    raise ValueError(f"{path} holds several arrays ({names}) and none is called images, latent or x")
+
+
+def _array(loaded: Any, path: Any) -> NDArray[Any]:
+    if isinstance(loaded, np.ndarray):
+        return loaded
+    for name in ("images", "latent", "x"):
+        if name in loaded:
+            return loaded[name]
+    if len(loaded.files) == 1:
+        return loaded[loaded.files[0]]
+    raise ValueError(f"{path} holds several arrays ({', '.join(loaded.files)}) and none is called images, latent or x")
 
 
 def write_images(path: str | os.PathLike[str], images: Tensor, columns: int | None = None) -> None:
@@ -167,7 +172,8 @@ def write_array(path: str | os.PathLike[str], tensor: Tensor, name: str) -> None
     array = tensor.detach().cpu().numpy()
     with replacing(path) as temporary, open(temporary, "wb") as file:
         if path.suffix == ".npz":
-            np.savez(file, **{name: array})
+            named: dict[str, Any] = {name: array}
+            np.savez(file, **named)
         else:
             np.save(file, array)
 

@@ -122,7 +122,7 @@ class EpsilonField:
         self._by_sigma = False
         self._attach(model, shape, dtype)
         if channels_last and isinstance(model, nn.Module):
-            model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         self._call = torch.compile(model) if compile else model
 
     @classmethod

@@ -118,7 +118,7 @@ class Grid:
             ``t``
                 Even in t, with fractions.
             ``asinh``, ``arctan``
-                Even in asinh(σ/c) or arctan(σ/c) down to 0. Option ``c`` (asinh 0.05, arctan 0.5).
+                Even in asinh(σ/c) or arctan(σ/c) down to 0. Option ``c`` (asinh 0.05, arctan 1).
         schedule : NoiseSchedule
             The schedule to cover.
         steps : int
@@ -176,7 +176,7 @@ def _released_quadratic(schedule: NoiseSchedule, steps: int) -> Array:
             "grid 'released-quadratic' counts trained steps, and this schedule is continuous: use 'quadratic'"
         )
     labels = np.unique((np.linspace(0.0, np.sqrt(schedule.T * 0.8), steps) ** 2).astype(np.int64))
-    return schedule.sigma(labels[::-1] + 1.0)
+    return schedule.sigma(labels[::-1].astype(np.float64) + 1.0)
 
 
 def _time(schedule: NoiseSchedule, steps: int) -> Array:
@@ -208,7 +208,7 @@ def _asinh(schedule: NoiseSchedule, steps: int, c: float = 0.05) -> Array:
     return _down_to_zero(schedule, steps, c, np.arcsinh, np.sinh)
 
 
-def _arctan(schedule: NoiseSchedule, steps: int, c: float = 0.5) -> Array:
+def _arctan(schedule: NoiseSchedule, steps: int, c: float = 1.0) -> Array:
     return _down_to_zero(schedule, steps, c, np.arctan, np.tan)
 
 

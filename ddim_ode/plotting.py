@@ -21,7 +21,7 @@ __all__ = ["error_figure", "round_trip_figure", "save_figure", "sheet_figure"]
 _MARKERS = "osD^vP*X<>hd"
 
 # One look for every figure; a colour map with more than ten distinct entries.
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "axes.grid": True,
     "grid.alpha": 0.3,

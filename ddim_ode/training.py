@@ -141,7 +141,8 @@ def train(
         step = saved["step"]
         _keep_log(out / "log.csv", step)
     run = torch.compile(network, dynamic=False) if options.compile else network
-    parameters, averaged = list(network.parameters()), list(average.parameters())
+    parameters: list[Tensor] = list(network.parameters())
+    averaged: list[Tensor] = list(average.parameters())
 
     losses: list[Tensor] = []
     since = time.monotonic()
@@ -165,7 +166,7 @@ def train(
             progress(step, float(losses[-1]))
         if step % save_every == 0 or step == options.steps:
             row = [step, float(torch.stack(losses).mean()), options.learning_rate(step - 1), time.monotonic() - since]
-            state = {"network": network.state_dict(), "average": average.state_dict()}
+            state: dict[str, Any] = {"network": network.state_dict(), "average": average.state_dict()}
             state |= {"optimiser": optimiser.state_dict(), "step": step, "options": asdict(options)}
             with replacing(checkpoint) as temporary:
                 torch.save(state, temporary)
@@ -186,6 +187,26 @@ def spread(images: np.ndarray) -> tuple[Tensor, float]:
         squares += (part * part).sum(axis=0)
     mean = total / len(images)
     return torch.from_numpy(mean).to(torch.float32), float(np.sqrt((squares / len(images) - mean * mean).mean()))
+
+
+def principal(images: np.ndarray, rank: int) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Mean image (C, H, W), leading variances (k,), their directions (C·H·W, k), and the mean of the other variances.
+
+    Of uint8 images (N, C, H, W), in the units of [−1, 1]; k = `rank`.
+    """
+    size = int(np.prod(images.shape[1:]))
+    mean = np.zeros(size)
+    second = np.zeros((size, size))
+    for start in range(0, len(images), 4096):
+        part = images[start : start + 4096].reshape(-1, size) / 127.5 - 1.0
+        mean += part.sum(axis=0)
+        second += part.T @ part
+    mean /= len(images)
+    variance, basis = np.linalg.eigh(second / len(images) - np.outer(mean, mean))
+    variance, basis = variance[::-1].clip(min=0.0), basis[:, ::-1]
+    rest = float(variance[rank:].mean()) if rank < size else 0.0
+    leading, directions = (torch.from_numpy(np.ascontiguousarray(x[..., :rank])).float() for x in (variance, basis))
+    return torch.from_numpy(mean.reshape(images.shape[1:])).float(), leading, directions, rest
 
 
 def _batch(

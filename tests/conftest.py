@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-# benchmarks/ is no installed package: a study and the test of it import one and the same problems.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import convergence
 from ddim_ode import NoiseSchedule

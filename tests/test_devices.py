@@ -24,8 +24,9 @@ METHODS = [
 
 
 def network():
-    net = UNet(1, 8, 8, (1, 2), 1, (4,), 4)
-    return GaussianResidual(net, LINEAR, torch.zeros(SHAPE), 0.5).eval().requires_grad_(False)
+    net = UNet(1, 8, 8, (1, 2), 1, (4,), 4, in_channels=2)
+    gaussian = torch.zeros(SHAPE), torch.ones(5), torch.linalg.qr(torch.randn(64, 5)).Q, 0.1
+    return GaussianResidual(net, LINEAR, *gaussian).eval().requires_grad_(False)
 
 
 def on_fake_cuda(module):
@@ -74,7 +75,7 @@ def test_fake_cuda_guidance():
 def test_a_sync_would_be_caught():
     with FakeTensorMode():
         field = EpsilonField(lambda x, t: x * float(t.mean()), LINEAR)
-        with pytest.raises(Exception, match="(?i)data.?dependent|item|cuda"):
+        with pytest.raises(Exception, match=r"(?i)data.?dependent|item|cuda"):
             ddim_ode.sample(field, torch.empty((2, *SHAPE), device="cuda"), nfe=2)
 
 

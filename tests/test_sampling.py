@@ -41,8 +41,7 @@ def test_round_trip_reports_the_papers_error():
     trip = ddim_ode.round_trip(FIELD, IMAGES, nfe=20, solver="ddim", grid="linear")
     there = ddim_ode.encode(FIELD, IMAGES, nfe=20, solver="ddim", grid="linear")
     torch.testing.assert_close(trip.latent, there.x)
-    with pytest.warns(LatentWarning):  # uniform noise is no draw from this Gaussian, and its latent shows it
-        back = ddim_ode.decode(FIELD, trip.latent, nfe=20, solver="ddim", grid="linear")
+    back = ddim_ode.decode(FIELD, trip.latent, nfe=20, solver="ddim", grid="linear")
     torch.testing.assert_close(trip.reconstruction, back.x)
     by_hand = ((IMAGES / 2 - trip.reconstruction / 2) ** 2).reshape(3, -1).mean(1)
     torch.testing.assert_close(trip.mse, by_hand)
@@ -185,7 +184,22 @@ def test_bad_input_is_refused_before_any_call(call, error, says):
 
 def test_solvers_describe_themselves():
     names = [s.name for s in ddim_ode.solvers()]
-    wanted = "ddim pf-euler ab2 ab3 ab4 deis2 deis3 deis4 dpmpp2m dpmpp3m midpoint heun kutta3 rk4".split()
+    wanted = [
+        "ddim",
+        "pf-euler",
+        "ab2",
+        "ab3",
+        "ab4",
+        "deis2",
+        "deis3",
+        "deis4",
+        "dpmpp2m",
+        "dpmpp3m",
+        "midpoint",
+        "heun",
+        "kutta3",
+        "rk4",
+    ]
     assert set(wanted) <= set(names)
     for solver in ddim_ode.solvers():
         assert solver.order >= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -66,15 +67,18 @@ def load(model: str | os.PathLike[str], *, device: str | torch.device = "cpu", *
 
 def build(description: dict[str, Any]) -> nn.Module:
     """The network, without weights, of a description: ``network`` (the U-Net's config), ``schedule``, ``residual``."""
-    network = UNet(**{k: tuple(v) if isinstance(v, list) else v for k, v in description["network"].items()})
+    config: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in description["network"].items()}
+    network = UNet(**config)
     if description.get("residual") is None:
         return network
     schedule = NoiseSchedule.from_config(description["schedule"])
-    return GaussianResidual(network, schedule, torch.zeros(description["shape"]), description["residual"]["std"])
+    shape, rank = description["shape"], description["residual"]["rank"]
+    empty = torch.zeros(shape), torch.ones(rank), torch.zeros(math.prod(shape), rank)
+    return GaussianResidual(network, schedule, *empty, rest=description["residual"]["rest"])
 
 
 def save_model(path: str | os.PathLike[str], network: nn.Module, description: dict[str, Any]) -> None:
-    """Write weights (float16; buffers as they are) and what they are to one safetensors file.
+    """Write weights (matrices and convolutions in float16) and what they are to one safetensors file.
 
     Parameters
     ----------
@@ -87,7 +91,8 @@ def save_model(path: str | os.PathLike[str], network: nn.Module, description: di
     """
     parameters = {name for name, _ in network.named_parameters()}
     tensors = {
-        name: (tensor.to(torch.float16) if name in parameters else tensor).cpu().contiguous()
+        # Vectors and the mean image weigh nothing and are kept whole.
+        name: (tensor.to(torch.float16) if name in parameters or tensor.ndim == 2 else tensor).cpu().contiguous()
         for name, tensor in network.state_dict().items()
     }
     with replacing(path) as temporary:

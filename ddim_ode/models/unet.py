@@ -8,6 +8,7 @@ network predict only what the best linear denoiser leaves.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -32,6 +33,23 @@ def _norm(channels: int, groups: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
+def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class _Time(nn.Module):
+    """The time embedding as the blocks want it: through two layers, each with its nonlinearity."""
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.dense = nn.ModuleList([nn.Linear(width, channels), nn.Linear(channels, channels)])
+
+    def forward(self, time: Tensor) -> Tensor:
+        return functional.silu(self.dense[1](functional.silu(self.dense[0](time))))
+
+
 class _ResnetBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int, time_channels: int, groups: int, dropout: float) -> None:
         super().__init__()
@@ -40,9 +58,7 @@ class _ResnetBlock(nn.Module):
         self.temb_proj = nn.Linear(time_channels, out_channels)
         self.norm2 = _norm(out_channels, groups)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)  # pyright: ignore[reportArgumentType]
+        self.conv2 = _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.nin_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
@@ -59,28 +75,13 @@ class _AttnBlock(nn.Module):
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)  # pyright: ignore[reportArgumentType]
+        self.proj_out = _zeroed(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
         h = functional.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
-
-
-class _Level(nn.Module):
-    """One resolution: blocks, attention after each of them or nowhere, and a resampling or nothing."""
-
-    def __init__(self, blocks: list[nn.Module], attentions: list[nn.Module]) -> None:
-        super().__init__()
-        self.block = nn.ModuleList(blocks)
-        self.attn = nn.ModuleList(attentions)
-
-    def run(self, i: int, x: Tensor, time: Tensor) -> Tensor:
-        x = self.block[i](x, time)
-        return self.attn[i](x) if len(self.attn) else x
 
 
 class _Downsample(nn.Module):
@@ -99,6 +100,60 @@ class _Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class _Level(nn.Module):
+    """One resolution: blocks, and attention after each of them or nowhere."""
+
+    def __init__(self, blocks: Sequence[_ResnetBlock], attentions: Sequence[_AttnBlock]) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(blocks)
+        self.attn = nn.ModuleList(attentions)
+
+    def run(self, i: int, x: Tensor, time: Tensor) -> Tensor:
+        x = self.block[i](x, time)
+        return self.attn[i](x) if len(self.attn) else x
+
+
+class _Down(_Level):
+    """A level, then a downsampling or nothing; returns every state on the way, the last of which goes on."""
+
+    def __init__(
+        self, blocks: Sequence[_ResnetBlock], attentions: Sequence[_AttnBlock], downsample: _Downsample | None
+    ) -> None:
+        super().__init__(blocks, attentions)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor, time: Tensor) -> list[Tensor]:
+        states = []
+        for i in range(len(self.block)):
+            x = self.run(i, x, time)
+            states.append(x)
+        return states if self.downsample is None else [*states, self.downsample(x)]
+
+
+class _Middle(nn.Module):
+    def __init__(self, block_1: _ResnetBlock, attn_1: _AttnBlock, block_2: _ResnetBlock) -> None:
+        super().__init__()
+        self.block_1, self.attn_1, self.block_2 = block_1, attn_1, block_2
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x, time)), time)
+
+
+class _Up(_Level):
+    """A level whose blocks take the last of `skips` each, then an upsampling or nothing."""
+
+    def __init__(
+        self, blocks: Sequence[_ResnetBlock], attentions: Sequence[_AttnBlock], upsample: _Upsample | None
+    ) -> None:
+        super().__init__(blocks, attentions)
+        self.upsample = upsample
+
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor) -> Tensor:
+        for i in range(len(self.block)):
+            x = self.run(i, torch.cat((x, skips.pop()), dim=1), time)
+        return x if self.upsample is None else self.upsample(x)
 
 
 class UNet(nn.Module):
@@ -124,6 +179,8 @@ class UNet(nn.Module):
         Dropout rate inside residual blocks.
     patch : int
         Pixels a side folded into channels before the first layer (1: none).
+    in_channels : int, optional
+        Channels of the input, if they are not those of the output.
 
     Notes
     -----
@@ -146,6 +203,7 @@ class UNet(nn.Module):
         groups: int = 8,
         dropout: float = 0.0,
         patch: int = 1,
+        in_channels: int | None = None,
     ) -> None:
         super().__init__()
         inner = resolution // patch
@@ -164,6 +222,7 @@ class UNet(nn.Module):
             "groups": groups,
             "dropout": dropout,
             "patch": patch,
+            "in_channels": in_channels,
         }
         self.shape = (channels, resolution, resolution)
         self.width, self.patch = width, patch
@@ -172,9 +231,8 @@ class UNet(nn.Module):
         def block(from_channels: int, to_channels: int) -> _ResnetBlock:
             return _ResnetBlock(from_channels, to_channels, time, groups, dropout)
 
-        self.temb = nn.Module()
-        self.temb.dense = nn.ModuleList([nn.Linear(width, time), nn.Linear(time, time)])
-        self.conv_in = nn.Conv2d(channels * patch**2, width, 3, padding=1)
+        self.temb = _Time(width, time)
+        self.conv_in = nn.Conv2d((in_channels or channels) * patch**2, width, 3, padding=1)
 
         now, skips = width, [width]
         self.down = nn.ModuleList()
@@ -186,19 +244,15 @@ class UNet(nn.Module):
                 skips.append(now)
                 if inner in attention:
                     attentions.append(_AttnBlock(now, groups))
-            stage = _Level(made, attentions)
-            if level < len(multipliers) - 1:
-                stage.downsample = _Downsample(now)
+            last = level == len(multipliers) - 1
+            self.down.append(_Down(made, attentions, None if last else _Downsample(now)))
+            if not last:
                 skips.append(now)
                 inner //= 2
-            self.down.append(stage)
 
-        self.mid = nn.Module()
-        self.mid.block_1 = block(now, now)
-        self.mid.attn_1 = _AttnBlock(now, groups)
-        self.mid.block_2 = block(now, now)
+        self.mid = _Middle(block(now, now), _AttnBlock(now, groups), block(now, now))
 
-        stages: list[nn.Module] = []
+        stages: list[_Up] = []
         for level, multiplier in reversed(list(enumerate(multipliers))):
             made, attentions = [], []
             for _ in range(blocks + 1):
@@ -206,37 +260,22 @@ class UNet(nn.Module):
                 now = width * multiplier
                 if inner in attention:
                     attentions.append(_AttnBlock(now, groups))
-            stage = _Level(made, attentions)
-            if level > 0:
-                stage.upsample = _Upsample(now)
-                inner *= 2
-            stages.insert(0, stage)
+            stages.insert(0, _Up(made, attentions, _Upsample(now) if level > 0 else None))
+            inner *= 2
         self.up = nn.ModuleList(stages)
 
         self.norm_out = _norm(now, groups)
-        self.conv_out = nn.Conv2d(now, channels * patch**2, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)  # pyright: ignore[reportArgumentType]
+        self.conv_out = _zeroed(nn.Conv2d(now, channels * patch**2, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        time = timestep_embedding(t, self.width).to(x.dtype)
-        time = self.temb.dense[1](functional.silu(self.temb.dense[0](time)))
-        time = functional.silu(time)  # every block wants it so
+        time = self.temb(timestep_embedding(t, self.width).to(x.dtype))
         h = self.conv_in(functional.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
         skips = [h]
         for stage in self.down:
-            for i in range(len(stage.block)):
-                h = stage.run(i, h, time)
-                skips.append(h)
-            if hasattr(stage, "downsample"):
-                h = stage.downsample(h)
-                skips.append(h)
-        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h, time)), time)
+            skips += stage(skips[-1], time)
+        h = self.mid(skips[-1], time)
         for stage in reversed(self.up):
-            for i in range(len(stage.block)):
-                h = stage.run(i, torch.cat((h, skips.pop()), dim=1), time)
-            if hasattr(stage, "upsample"):
-                h = stage.upsample(h)
+            h = stage(h, skips, time)
         h = self.conv_out(functional.silu(self.norm_out(h)))
         return functional.pixel_shuffle(h, self.patch) if self.patch > 1 else h
 
@@ -244,41 +283,54 @@ class UNet(nn.Module):
 class GaussianResidual(nn.Module):
     r"""Noise prediction as the Gaussian optimum plus a learned residual.
 
-    For data N(m, s² I) the best noise predictor is σ(x̄ − m)/(σ² + s²). With F the wrapped network,
+    For data N(m, C) with :math:`C = U \Lambda U^T + \lambda_0 (I - U U^T)` the best denoiser and noise predictor are linear,
 
-    .. math:: \epsilon_\theta(x, t) = \frac{\sigma\,(\bar x - m)}{\sigma^2 + s^2}
-              + \frac{s}{\sqrt{\sigma^2 + s^2}}\, F(x', t), \qquad \bar x = x \sqrt{1 + \sigma^2},
+    .. math:: \hat x_0 = m + C (C + \sigma^2)^{-1} (\bar x - m), \qquad
+              \hat\epsilon = \sigma (C + \sigma^2)^{-1} (\bar x - m), \qquad \bar x = x \sqrt{1 + \sigma^2}.
 
-    where x' is :math:`(\bar x - m) / \sqrt{\sigma^2 + s^2}`, of unit variance at every σ. Where σ is large the
-    first term is nearly all of ε, so the network is not asked to copy its input to four digits.
+    With F the wrapped network and s² the mean variance,
+
+    .. math:: \epsilon_\theta(x, t) = \hat\epsilon + \frac{s}{\sqrt{\sigma^2 + s^2}}\,
+              F\!\left(\frac{\bar x - m}{\sqrt{\sigma^2 + s^2}},\ \frac{\hat x_0 - m}{s},\ t\right),
+
+    the two images stacked as channels, each of about unit variance. Where σ is large the linear part is nearly all
+    of ε; and a convolution, which is the same everywhere, is told what only a map from all pixels to all pixels knows.
 
     Parameters
     ----------
     network : Module
-        ``network(x, t)``.
+        ``network(x, t)`` from twice the channels, (B, 2C, H, W), to (B, C, H, W).
     schedule : NoiseSchedule
         A discrete schedule; its σ(t) is stored as a cubic Hermite table, so that fractional labels stay smooth.
     mean : Tensor
-        m, the mean image of the data, (*d).
-    std : float
-        s, the data's standard deviation about `mean`.
+        m, the mean image of the data, (C, H, W).
+    variance : Tensor
+        Λ, the leading variances, (k,).
+    basis : Tensor
+        U, their directions, (C·H·W, k).
+    rest : float
+        λ₀, the mean variance of the other directions.
     """
 
     table: Tensor
     mean: Tensor
+    variance: Tensor
+    basis: Tensor
 
-    def __init__(self, network: nn.Module, schedule: NoiseSchedule, mean: Tensor, std: float) -> None:
+    def __init__(
+        self, network: nn.Module, schedule: NoiseSchedule, mean: Tensor, variance: Tensor, basis: Tensor, rest: float
+    ) -> None:
         super().__init__()
         self.network = network
         nodes = np.arange(1.0, schedule.T + 1.0)
-        log_sigma = np.log(schedule.sigma(nodes))
-        h = 1e-3
-        inner = np.clip(nodes, nodes[0] + h, nodes[-1] - h)  # the end slopes, one step of h inside
-        slope = (np.log(schedule.sigma(inner + h)) - np.log(schedule.sigma(inner - h))) / (2 * h)
+        sigma = schedule.sigma(nodes)
+        log_sigma, slope = np.log(sigma), schedule.slope(nodes) / sigma
         table = torch.tensor(np.stack((log_sigma, slope), axis=1))
         self.register_buffer("table", table, persistent=False)
         self.register_buffer("mean", mean.to(torch.float32))
-        self.std = float(std)
+        self.register_buffer("variance", variance.to(torch.float32))
+        self.register_buffer("basis", basis.to(torch.float32))
+        self.rest = float(rest)
 
     def sigma(self, t: Tensor) -> Tensor:
         """σ at the 0-based labels `t` (B,), float64."""
@@ -291,9 +343,22 @@ class GaussianResidual(nn.Module):
         return cubic.exp()
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        sigma = self.sigma(t).reshape(-1, *(1,) * (x.ndim - 1))
-        total = (sigma**2 + self.std**2).sqrt()
-        dtype = x.dtype
-        unit = x * ((1 + sigma**2).sqrt() / total).to(dtype) - self.mean.to(dtype) * (1 / total).to(dtype)
-        residual = self.network(unit, t).to(dtype)
-        return unit * (sigma / total).to(dtype) + residual * (self.std / total).to(dtype)
+        # The linear part is exact only if it is not rounded: whatever autocast does to the network, not here.
+        with torch.autocast(x.device.type, enabled=False):
+            size = self.mean.numel()
+            spread = (self.variance.sum() + self.rest * (size - self.variance.numel())) / size  # s²
+            sigma = self.sigma(t).to(x.dtype).unsqueeze(1)
+            total = sigma * sigma + spread
+            away = x.flatten(1) * (1 + sigma * sigma).sqrt() - self.mean.flatten()
+            # C (C + σ²)⁻¹ and σ (C + σ²)⁻¹ along the basis, beyond what they are across it.
+            across = self.rest + sigma * sigma
+            along = self.variance + sigma * sigma
+            turned = away @ self.basis
+            denoised = (
+                self.rest / across * away + ((self.variance / along - self.rest / across) * turned) @ self.basis.T
+            )
+            eps = sigma / across * away + ((sigma / along - sigma / across) * turned) @ self.basis.T
+            inputs = torch.stack((away / total.sqrt(), denoised / spread.sqrt()), dim=1)
+            inputs = inputs.reshape(x.shape[0], 2 * x.shape[1], *x.shape[2:])
+        residual = self.network(inputs, t).flatten(1).to(x.dtype)
+        return (eps + (spread / total).sqrt() * residual).reshape(x.shape)

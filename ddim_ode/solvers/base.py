@@ -42,8 +42,8 @@ class Clock:
     slope: Callable[[Any], Any]
 
 
-def arctan(c: float = 0.5) -> Clock:
-    """The clock arctan(σ/c): even in log-like steps near c, and short where σ is large."""
+def arctan(c: float = 1.0) -> Clock:
+    """The clock arctan(σ/c): like σ below c, like −1/σ above it, where ε stops changing."""
     return Clock(f"arctan({c:g})", lambda s: np.arctan(s / c), lambda u: c * np.tan(u), lambda s: c + s * s / c)
 
 

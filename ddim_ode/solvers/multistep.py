@@ -371,7 +371,10 @@ def _plan(member: Multistep, grid: Grid) -> tuple[_Step | _Stages, ...]:
 
 
 def _weigh(member: Multistep, sigmas: Array, ticks: Array, to: float, tick_to: float, s: Array, clocks: Array) -> _Step:
-    """P and the weights on the stored z of one step from sigmas[0] to `to`; `sigmas` and `ticks` are the past, newest first; `s`, `clocks` the quadrature's."""
+    """P and the weights on the stored z of the step from sigmas[0] to `to`.
+
+    `sigmas` and `ticks` are the past nodes, newest first; `s` and `clocks` are the quadrature's.
+    """
     linear, quantity = member.linear, str(member.quantity)
     sigma = float(sigmas[0])
     euler = _Step(sigma, None, (to - sigma,))
@@ -386,8 +389,8 @@ def _weigh(member: Multistep, sigmas: Array, ticks: Array, to: float, tick_to: f
         if not (linear.singular and quantity == "data"):
             return euler
         # P → 0 and the kernel becomes a delta at σ = 0: x̄ is the polynomial's own value there.
-        weights = _lagrange(ticks[:count], np.float64(tick_to)) if count > 1 else np.ones(1)
-        return _Step(sigma, 0.0, tuple(map(float, weights)))
+        values = _lagrange(ticks[:count], np.array(tick_to)) if count > 1 else np.ones(1)
+        return _Step(sigma, 0.0, tuple(map(float, values)))
     basis = _lagrange(ticks[:count], clocks) if count > 1 else np.ones((1, s.size))
     g = _QUANTITIES[quantity]
     kernel = linear.propagator(s, to)
@@ -403,7 +406,7 @@ def _weigh(member: Multistep, sigmas: Array, ticks: Array, to: float, tick_to: f
         for x in sigmas[:count].tolist()
     ]
     weights = [integrals[j] * turn[j] for j in range(count)]
-    propagator = linear.propagator(np.float64(sigma), to)
+    propagator = linear.propagator(np.array(sigma), to)
     if linear.directed:
         return _Step(sigma, propagator, tuple(weights))
     return _Step(sigma, float(propagator), tuple(map(float, weights)))

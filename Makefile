@@ -1,0 +1,49 @@
+# One environment in .venv, made by whichever target needs it first; constraints.txt says which versions.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-slow lint bench bench-defaults bench-network train clean
+
+demo: .venv/base                    ## compare solvers on the bundled network: a table, figures and JSON in out/demo
+	$(BIN)/ddim-ode compare --out out/demo
+
+test: .venv/dev                     ## the tests, a few minutes on two cores
+	$(BIN)/pytest
+
+test-slow: .venv/dev                ## the tests that need a compiler or minutes
+	$(BIN)/pytest -m slow
+
+lint: .venv/dev                     ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/peers                  ## measured orders, and overhead beside the peers: about five minutes
+	$(BIN)/python -m benchmarks.convergence
+	$(BIN)/python -m benchmarks.overhead
+
+bench-defaults: .venv/dev           ## which solver and grid are the defaults, and their gain over DDIM: about an hour
+	$(BIN)/python -m benchmarks.defaults
+
+bench-network: .venv/dev            ## the bundled network's loss beside the mixture's: about half an hour
+	$(BIN)/python -m benchmarks.network_loss
+
+train: .venv/base                   ## train the bundled network again: about two hours; resumes
+	$(BIN)/ddim-ode train --data fashion-mnist --out out/fashion-mnist $(shell cat ddim_ode/models/bundled/fashion-mnist.options)
+
+clean:
+	rm -rf .venv build *.egg-info
+
+.venv/base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) -e .
+	touch $@
+
+.venv/dev: .venv/base
+	$(PIP) -e '.[dev]'
+	touch $@
+
+.venv/peers: .venv/dev
+	$(PIP) -e '.[dev,peers]'
+	touch $@

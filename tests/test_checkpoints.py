@@ -1,0 +1,124 @@
+"""Weights files, the bundled network, and comparisons made with it."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import ddim_ode
+from ddim_ode import data
+from ddim_ode.comparison import Reference, compare, reference
+from ddim_ode.models.checkpoints import build, describe, save_model
+from ddim_ode.plotting import error_figure, round_trip_figure, save_figure, sheet_figure
+
+SMALL = {
+    "shape": [1, 8, 8],
+    "schedule": {"kind": "linear", "T": 1000, "beta_start": 1e-4, "beta_end": 0.02},
+    "residual": {"rank": 5, "rest": 0.1},
+    "network": {
+        "channels": 1,
+        "resolution": 8,
+        "width": 8,
+        "multipliers": [1, 2],
+        "attention": [4],
+        "groups": 4,
+        "in_channels": 2,
+    },
+}
+
+
+@pytest.fixture
+def weights(tmp_path):
+    torch.manual_seed(0)
+    network = build(SMALL)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    network.mean.copy_(torch.linspace(-0.5, 0.5, 64).reshape(1, 8, 8))
+    network.basis.copy_(torch.linalg.qr(torch.randn(64, 5)).Q)
+    save_model(tmp_path / "m.safetensors", network, SMALL | {"training": {"step": 7}})
+    return tmp_path / "m.safetensors", network
+
+
+def test_a_file_gives_its_network_back(weights):
+    path, network = weights
+    field = ddim_ode.load(path)
+    assert field.shape == (1, 8, 8)
+    assert field.dtype == torch.float32
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3.0, 700.0])
+    torch.testing.assert_close(field.model(x, t), network(x, t), rtol=1e-2, atol=1e-2)  # the weights went by float16
+    assert torch.equal(field.model.mean, network.mean)
+    assert describe(path)["training"] == {"step": 7}
+
+
+def test_the_bundled_network_is_real():
+    field = ddim_ode.load("fashion-mnist")
+    images = data.from_uint8(data.bundled_images()[:8])
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    for sigma, bound in ((0.1, 0.4), (1.0, 0.08), (10.0, 0.004)):
+        assert float((field(images + sigma * noise, sigma) - noise).square().mean()) < bound
+    trip = ddim_ode.round_trip(field, images, nfe=10)
+    assert trip.mse.shape == (8,)
+    assert float(trip.mse.mean()) < 0.05
+    latent = ddim_ode.noise(field.shape, 2, 0)
+    code = ddim_ode.encode(field, ddim_ode.sample(field, latent, nfe=60).x, nfe=60, data_range=None)
+    assert float((code.x - latent).square().mean().sqrt()) < 0.2
+
+
+def test_bad_files_are_refused(weights, tmp_path):
+    path, network = weights
+    with pytest.raises(FileNotFoundError, match=r"neither a file nor a bundled network \(.*fashion-mnist"):
+        ddim_ode.load("fashion-mnits")
+    (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="cut short"):
+        ddim_ode.load(tmp_path / "cut.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="did not write"):
+        ddim_ode.load(tmp_path / "other.safetensors")
+    save_model(tmp_path / "wrong.safetensors", network.network, SMALL)
+    with pytest.raises(ValueError, match="does not fit the network it describes: missing"):
+        ddim_ode.load(tmp_path / "wrong.safetensors")
+    save_model(tmp_path / "new.safetensors", network, SMALL | {"format": 2})
+    with pytest.raises(ValueError, match="format 2"):
+        ddim_ode.load(tmp_path / "new.safetensors")
+
+
+def test_comparisons_measure_what_they_say(weights, tmp_path):
+    field = ddim_ode.load(weights[0])
+    latent = ddim_ode.noise((1, 8, 8), 3, 0)
+    images = torch.rand(2, 1, 8, 8, dtype=torch.float64) * 2 - 1
+    exact = reference(field, latent, nfe=160)
+    assert exact.difference < 1e-3
+    found = compare(field, latent, images, ["default", "ddim", "rk4"], [2, 8], grid="linear", exact=exact)
+    rows = {(row["solver"], row["nfe"]): row for row in found.record["rows"]}
+    row = rows["ddim", 8]
+    run = ddim_ode.sample(field, latent, nfe=8, solver="ddim", grid="linear")
+    error = (run.x - exact.x).square().mean().sqrt()
+    assert row["rms"] == pytest.approx(float(error), rel=1e-6)
+    trip = ddim_ode.round_trip(field, images, nfe=8, solver="ddim", grid="linear")
+    assert row["round_trip_mse"] == pytest.approx(float(trip.mse.mean()), rel=1e-6)
+    assert row["calls"] == 8
+    assert row["round_trip_calls"] == 16
+    assert row["median"] <= row["worst"]
+    assert rows["rk4", 2]["rms"] is None  # a budget below one step
+    assert rows["rk4", 8]["steps"] == 2
+    record = json.loads(json.dumps(found.record))
+    for figure in (
+        error_figure(record),
+        round_trip_figure(record),
+        sheet_figure([("a", [latent, latent])], ["x", "y"], "t"),
+    ):
+        save_figure(figure, tmp_path / "f.png")
+        assert (tmp_path / "f.png").stat().st_size > 3000
+
+
+def test_failed_samples_are_nan_not_numbers():
+    field = ddim_ode.EpsilonField(lambda x, t: x * math.nan, ddim_ode.NoiseSchedule.linear(), shape=(1, 8, 8))
+    latent = ddim_ode.noise((1, 8, 8), 2, 0)
+    exact = Reference(latent, 0.0, 0, ("none", "none"))
+    found = compare(field, latent, torch.zeros(2, 1, 8, 8), ["ddim"], [4], exact=exact)
+    (row,) = found.record["rows"]
+    assert np.isnan(row["rms"])
+    assert row["failed"] == 4

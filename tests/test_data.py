@@ -1,0 +1,119 @@
+"""Reading and writing images."""
+
+import gzip
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddim_ode import data
+
+RANDOM = np.random.default_rng(0)
+GREY = RANDOM.integers(0, 256, (5, 1, 6, 7), dtype=np.uint8)
+COLOUR = RANDOM.integers(0, 256, (5, 3, 6, 7), dtype=np.uint8)
+
+
+def idx(images):
+    n, _, height, width = images.shape
+    return b"\x00\x00\x08\x03" + b"".join(k.to_bytes(4, "big") for k in (n, height, width)) + images.tobytes()
+
+
+def test_uint8_survives_the_round_trip():
+    every = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
+    unit = data.from_uint8(every)
+    assert float(unit.min()) == -1.0
+    assert float(unit.max()) == 1.0
+    np.testing.assert_array_equal(data.to_uint8(unit), every)
+    np.testing.assert_array_equal(data.to_uint8(torch.tensor([[-3.0, 3.0]])), [[0, 255]])
+
+
+@pytest.mark.parametrize("images", [GREY, COLOUR], ids=["grey", "colour"])
+def test_pictures_and_folders(tmp_path, images):
+    for i, image in enumerate(images):
+        Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("not a picture")
+    np.testing.assert_array_equal(data.read_images(tmp_path), images)
+    np.testing.assert_array_equal(data.read_images(tmp_path / "3.png"), images[3:4])
+
+
+@pytest.mark.parametrize("ending", ["npz", "npy"])
+@pytest.mark.parametrize("images", [GREY, COLOUR], ids=["grey", "colour"])
+def test_arrays(tmp_path, images, ending):
+    unit = data.from_uint8(images)
+    data.write_images(tmp_path / f"a.{ending}", unit)
+    np.testing.assert_array_equal(data.read_images(tmp_path / f"a.{ending}"), images)
+    np.save(tmp_path / "last.npy", images.transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(data.read_images(tmp_path / "last.npy"), images)
+    np.save(tmp_path / "flat.npy", GREY[:, 0])
+    np.testing.assert_array_equal(data.read_images(tmp_path / "flat.npy"), GREY)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_idx_files(tmp_path):
+    (tmp_path / "a-images-idx3-ubyte").write_bytes(idx(GREY))
+    (tmp_path / "b-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(GREY)))
+    np.testing.assert_array_equal(data.read_images(tmp_path / "a-images-idx3-ubyte"), GREY)
+    np.testing.assert_array_equal(data.read_images(tmp_path / "b-images-idx3-ubyte.gz"), GREY)
+
+
+def test_sheets(tmp_path):
+    data.write_images(tmp_path / "s.png", data.from_uint8(GREY), columns=2)
+    with Image.open(tmp_path / "s.png") as picture:
+        sheet = np.asarray(picture)
+    assert sheet.shape == (3 * 7 + 1, 2 * 8 + 1)
+    np.testing.assert_array_equal(sheet[8:14, 9:16], GREY[3, 0])
+
+
+def test_fashion_mnist_is_found_where_it_is_said_to_be(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASHION_MNIST", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="dataset-fashion-mnist"):
+        data.find_fashion_mnist()
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(GREY)))
+    np.testing.assert_array_equal(data.find_fashion_mnist("test"), GREY)
+    with pytest.raises(ValueError, match="split"):
+        data.find_fashion_mnist("validation")
+
+
+def test_bundled_images():
+    images = data.bundled_images()
+    assert images.shape == (64, 1, 28, 28)
+    assert images.dtype == np.uint8
+
+
+def test_bad_files_are_refused(tmp_path):
+    def refused(name, content, says):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=says):
+            data.read_images(tmp_path / name)
+
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        data.read_images(tmp_path / "none.png")
+    refused("cut.png", b"\x89PNG\r\n\x1a\n123", "not a whole picture")
+    refused("cut-ubyte", idx(GREY)[:-3], "cut short")
+    refused("cut-ubyte.gz", gzip.compress(idx(GREY))[:-9], "not a whole gzip")
+    refused("labels-ubyte", b"\x00\x00\x08\x01\x00\x00\x00\x01a", "not an idx file of uint8 images")
+    np.savez(tmp_path / "whole.npz", images=GREY)
+    refused("cut.npz", (tmp_path / "whole.npz").read_bytes()[:-40], "not a whole array file")
+    np.savez(tmp_path / "two.npz", a=GREY, b=GREY)
+    with pytest.raises(ValueError, match="several arrays"):
+        data.read_images(tmp_path / "two.npz")
+    for name, array, says in (
+        ("range", GREY.astype(np.float32), r"floats in \[-1, 1\], but they span"),
+        ("dtype", GREY.astype(np.int64), "int64"),
+        ("shape", GREY[0, 0], "shape"),
+    ):
+        np.save(tmp_path / f"{name}.npy", array)
+        with pytest.raises(ValueError, match=says):
+            data.read_images(tmp_path / f"{name}.npy")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no picture files"):
+        data.read_images(tmp_path / "empty")
+
+
+def test_bad_outputs_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"use \.png"):
+        data.write_images(tmp_path / "a.jpg", torch.zeros(1, 1, 2, 2))
+    with pytest.raises(ValueError, match="1 or 3"):
+        data.write_images(tmp_path / "a.png", torch.zeros(1, 2, 2, 2))
+    assert not list(tmp_path.iterdir())

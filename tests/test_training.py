@@ -1,0 +1,120 @@
+"""Training: eq. 5, resumed runs, and the loss by noise level."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+from ddim_ode import NoiseSchedule
+from ddim_ode.data import from_uint8
+from ddim_ode.models.analytic import GaussianEpsilon
+from ddim_ode.models.unet import UNet
+from ddim_ode.training import TrainingOptions, _batch, principal, sigma_loss, spread, train
+
+LINEAR = NoiseSchedule.linear()
+IMAGES = np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8)
+OPTIONS = TrainingOptions(steps=8, batch_size=8, lr=1e-2, warmup=2, flip=True, seed=3, autocast=False)
+
+
+def network():
+    torch.manual_seed(0)
+    return UNet(1, 8, 8, (1, 2), attention=(4,), groups=4)
+
+
+def log(folder):
+    with open(folder / "log.csv", encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
+
+
+def weights(module):
+    return torch.cat([p.flatten() for p in module.parameters()])
+
+
+def test_the_loss_falls(tmp_path):
+    options = TrainingOptions(steps=60, batch_size=16, lr=5e-3, warmup=5, cooldown=0.5, autocast=False)
+    train(network(), IMAGES, LINEAR, tmp_path, options, save_every=20)
+    header, *rows = log(tmp_path)
+    assert header == ["step", "loss", "learning_rate", "seconds"]
+    assert [int(row[0]) for row in rows] == [20, 40, 60]
+    assert float(rows[-1][1]) < 0.6 * float(rows[0][1])
+
+
+def test_an_interrupted_run_is_the_whole_run(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def interrupt(step, loss):
+        if step == 5:
+            raise Stop
+
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    whole = train(network(), IMAGES, LINEAR, tmp_path / "whole", OPTIONS, save_every=3)
+    with pytest.raises(Stop):
+        train(network(), IMAGES, LINEAR, tmp_path / "parts", OPTIONS, save_every=3, progress=interrupt)
+    resumed = train(network(), IMAGES, LINEAR, tmp_path / "parts", OPTIONS, save_every=3)
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+    # All but the seconds are the same.
+    assert [row[:3] for row in log(tmp_path / "parts")] == [row[:3] for row in log(tmp_path / "whole")]
+    assert {p.name for p in (tmp_path / "parts").iterdir()} == {"checkpoint.pt", "log.csv"}
+
+
+def test_batches_are_eq_4_with_labels_over_the_whole_range():
+    _, std = spread(IMAGES)
+    x, t, noise, weight = _batch(IMAGES, std**2, LINEAR, TrainingOptions(batch_size=40), 0, "cpu")
+    again = _batch(IMAGES, std**2, LINEAR, TrainingOptions(batch_size=40), 0, "cpu")
+    assert torch.equal(x, again[0])
+    alpha = torch.from_numpy(LINEAR.alpha(t.double().numpy() + 1)).float().reshape(-1, 1, 1, 1)
+    clean = (x - (1 - alpha).sqrt() * noise) / alpha.sqrt()
+    # At small t the picture can be read back from x exactly; an epoch shows each image once.
+    early = int(torch.nonzero(t < 700).flatten()[-1])
+    known = from_uint8(IMAGES)
+    for i in range(early):
+        assert (clean[i] - known).abs().flatten(1).amax(1).min() < 1e-3
+    assert float(t.max() - t.min()) > 950
+    assert bool((t.diff() > 0).all())
+    assert bool((weight == 1).all())
+
+
+def test_weights_follow_gamma():
+    _, _, _, weight = _batch(IMAGES, 0.25, LINEAR, TrainingOptions(gamma=0.5), 0, "cpu")
+    _, t, _, _ = _batch(IMAGES, 0.25, LINEAR, TrainingOptions(gamma=0.5), 0, "cpu")
+    sigma = torch.from_numpy(LINEAR.sigma(t.double().numpy() + 1))
+    torch.testing.assert_close(weight.flatten().double(), (1 + sigma**2 / 0.25).sqrt(), rtol=1e-3, atol=0)
+
+
+def test_spread():
+    mean, std = spread(IMAGES)
+    x = from_uint8(IMAGES, torch.float64)
+    torch.testing.assert_close(mean.double(), x.mean(0), rtol=1e-5, atol=1e-6)
+    assert std == pytest.approx(float((x - x.mean(0)).square().mean().sqrt()))
+
+
+def test_principal_directions():
+    x = from_uint8(IMAGES, torch.float64).flatten(1)
+    mean, variance, basis, rest = principal(IMAGES, 10)
+    exact = torch.linalg.eigvalsh(torch.cov(x.T, correction=0)).flip(0)
+    torch.testing.assert_close(mean.flatten().double(), x.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(variance.double(), exact[:10], rtol=1e-5, atol=1e-6)
+    assert rest == pytest.approx(float(exact[10:].mean()), rel=1e-6)
+    turned = (x - x.mean(0)) @ basis.double()
+    torch.testing.assert_close(torch.cov(turned.T, correction=0), torch.diag(exact[:10]), rtol=1e-4, atol=1e-5)
+
+
+def test_sigma_loss_of_an_exact_model_is_known():
+    """For data N(0, s²) the least possible loss is s²/(s² + σ²)."""
+    values = np.clip(np.random.default_rng(1).normal(127.5, 30, (4000, 1, 4, 4)), 0, 255).round().astype(np.uint8)
+    variance = (30 / 127.5) ** 2
+    exact = GaussianEpsilon(torch.zeros(1, 4, 4), torch.full((1, 4, 4), variance))
+    found = sigma_loss(exact, values, [0.1, 1.0], dtype=torch.float64)
+    for sigma, loss in found.items():
+        assert loss == pytest.approx(variance / (variance + sigma**2), rel=0.03)
+
+
+def test_learning_rate_rises_holds_and_falls():
+    options = TrainingOptions(steps=100, lr=1.0, warmup=10, cooldown=0.5)
+    rates = [options.learning_rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9:50] == [1.0] * 41
+    assert rates[-1] == pytest.approx(0.02)
