@@ -60,7 +60,7 @@ def cases() -> dict[str, Solver]:
     """Every solver whose order is measured, by name.
 
     All named solvers; the multistep ones with their Runge–Kutta start too; Runge–Kutta in other clocks; and
-    multistep members that have no name: a Gaussian linear part (not the problem's own), the clock arctan.
+    a multistep member that has no name: a Gaussian linear part (not the problem's own).
     """
     members = [
         *solvers(),
@@ -68,7 +68,6 @@ def cases() -> dict[str, Solver]:
         *(RungeKutta(tableau, clock=u) for u in ("log", "arctan") for tableau in (MIDPOINT, HEUN, KUTTA3, RK4)),
         RungeKutta(RK4, clock="t"),
         Multistep(3, linear=Gaussian(torch.tensor(0.3), torch.tensor(0.7)), start="rk", label="gaussian3"),
-        Multistep(3, clock="arctan", start="rk", label="arctan3"),
     ]
     return {member.name: member for member in members}
 

@@ -31,14 +31,14 @@ from ddim_ode.sampling import DEFAULTS
 from ddim_ode.solvers import Clock, arctan, asinh, get
 
 ROOT = Path(__file__).resolve().parents[1]
-PROBLEMS = {"digits": 32, "fashion": 6, "network": 4}
+PROBLEMS = {"digits": 32, "fashion": 4, "network": 4}
 BUDGETS = (5, 10, 20, 50)
 GRIDS: dict[str, tuple[str, dict[str, float]]] = {
     "quadratic": ("quadratic", {}),
     "karras": ("karras", {}),
     "log": ("log", {}),
-    "asinh": ("asinh", {}),
     "asinh c=0.02": ("asinh", {"c": 0.02}),
+    "asinh c=0.05": ("asinh", {"c": 0.05}),
 }
 CLOCKS: dict[str, str | Clock] = {
     "sigma": "sigma",

@@ -1,7 +1,7 @@
 """``ddim-ode``: the package at a terminal.
 
 Exit codes: 0, all well; 1, the work was done but some samples failed (they are named); 2, the request could not
-be carried out, and nothing was written.
+be carried out, and no file was written; 130, interrupted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ddim_ode import data, plotting
 from ddim_ode.comparison import circumstances, compare, reference
 from ddim_ode.field import EpsilonField
 from ddim_ode.files import output_folder, write_json
-from ddim_ode.grid import grids
+from ddim_ode.grid import Grid, grids
 from ddim_ode.models.checkpoints import build, bundled, load, save_model
 from ddim_ode.models.unet import GaussianResidual
 from ddim_ode.sampling import DEFAULTS, decode, encode, interpolate, noise, round_trip, sample
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_, **__: print(f"ddim-ode: warning: {message}", file=sys.stderr)
     try:
         return options.run(options)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"ddim-ode: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -58,6 +58,8 @@ def _compare(o: argparse.Namespace) -> int:
     budgets = [_whole(x, "--nfe") for x in _split(o.nfe)]
     images = _images(o, field, o.n_images)
     latent = noise(_shape(field), o.n, o.seed).to(field.device or "cpu")
+    if o.grid is not None:
+        Grid.make(o.grid, field.schedule, 1)  # an unknown name is told before the work
     out = output_folder(o.out)
     with tqdm(total=1 + len(names) * len(budgets), desc="compare", disable=None, leave=False) as bar:
 
@@ -124,7 +126,8 @@ def _sample(o: argparse.Namespace) -> int:
     field = _field(o)
     latent = None if o.latent is None else _latent(o, field)
     _check_ending(o.out, _shape(field))
-    run = sample(field, latent, n=None if latent is not None else o.n, seed=o.seed, **_run_options(o))
+    count = o.n if latent is not None or o.n is not None else 16
+    run = sample(field, latent, n=count, seed=o.seed, **_run_options(o))
     data.write_images(o.out, run.x)
     return _report(o, {"sample": run})
 
@@ -154,8 +157,17 @@ def _reconstruct(o: argparse.Namespace) -> int:
     images = _images(o, field, None)
     out = output_folder(o.out)
     trip = round_trip(field, images, **_run_options(o))
-    names = list(dict.fromkeys((trip.encoding.grid.name, trip.decoding.grid.name)))
-    record = {"command": "reconstruct", "model": o.model, "nfe": trip.nfe, "grids": names} | circumstances(field)
+    directions = {
+        direction: {
+            "solver": o.solver or DEFAULTS[direction][0],
+            "grid": run.grid.name,
+            "steps": run.grid.steps,
+            "nfe": run.nfe,
+        }
+        for direction, run in (("encode", trip.encoding), ("sample", trip.decoding))
+    }
+    record = {"command": "reconstruct", "model": o.model, "nfe": trip.nfe} | directions
+    record |= circumstances(field, _DTYPES[o.dtype])
     record |= {"mse": trip.mse.tolist(), "mean_mse": float(trip.mse.mean()), "status": [s.name for s in trip.status]}
     write_json(out / "results.json", record)
     data.write_images(out / "reconstructions.npz", trip.reconstruction)
@@ -191,7 +203,7 @@ def _interpolate(o: argparse.Namespace) -> int:
 
 
 def _train(o: argparse.Namespace) -> int:
-    images = _dataset(o.data)
+    device, images = _device(o.device), _dataset(o.data)
     schedule = NoiseSchedule.linear() if o.schedule == "linear" else NoiseSchedule.cosine()
     mean, variance, basis, rest = principal(images, o.rank)
     description: dict[str, Any] = {
@@ -248,12 +260,12 @@ def _train(o: argparse.Namespace) -> int:
             schedule,
             out,
             options,
-            device=o.device,
+            device=device,
             save_every=o.save_every,
             on_save=on_save,
             progress=progress,
         )
-    print(f"written to {out}: model.safetensors, checkpoint.pt, log.csv, samples.png")
+    print(f"written to {out}: model.safetensors, checkpoint.pt, log.csv, network.json, samples.png")
     return 0
 
 
@@ -273,7 +285,16 @@ def _solvers(o: argparse.Namespace) -> int:
 
 # -- what they share ----------------------------------------------------------------------------
 def _field(o: argparse.Namespace) -> EpsilonField:
-    return load(o.model, device=o.device)
+    return load(o.model, device=_device(o.device))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def _shape(field: EpsilonField) -> tuple[int, ...]:
@@ -374,8 +395,10 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument(
             "--dtype", default="float64", choices=_DTYPES, help="the state's dtype; the network keeps its own"
         )
-        p.add_argument("--seed", type=int, default=0, help="seed of latents; image i depends on (seed, i) alone")
         p.add_argument("--json", action="store_true", help="print a JSON record instead of words")
+
+    def seed(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--seed", type=int, default=0, help="seed of latents; image i depends on (seed, i) alone")
 
     def method(p: argparse.ArgumentParser, out: str) -> None:
         model(p)
@@ -400,13 +423,15 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--grid", help=f"one of {', '.join(grids())} (default: {DEFAULTS['sample'][1]})")
     p.add_argument("--n", type=int, default=16, help="samples")
     p.add_argument("--images", help="images to round-trip: a PNG, a folder, .npz, .npy or idx (default: bundled ones)")
+    seed(p)
     p.add_argument("--n-images", type=int, default=8, help="how many of them")
     p.add_argument("--reference-nfe", type=int, default=400, help="calls for each of the two reference solutions")
     p.add_argument("--out", default="out/compare", help="folder (default: out/compare)")
 
     p = command("sample", _sample, "Draw samples.")
     method(p, "out/samples.png")
-    p.add_argument("--n", type=int, default=16, help="how many")
+    p.add_argument("--n", type=int, help="how many (default: 16)")
+    seed(p)
     p.add_argument("--latent", help="latents (.npz or .npy) instead of drawn ones")
 
     p = command("encode", _encode, "Encode images to their latents x_T.")
@@ -426,6 +451,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--images", help="encode these and go from the first to the second, and so on (default: drawn latents)"
     )
+    seed(p)
     p.add_argument("--pairs", type=int, default=4, help="paths")
     p.add_argument("--points", type=int, default=10, help="images a path, ends included")
 

@@ -118,7 +118,7 @@ class Grid:
             ``t``
                 Even in t, with fractions.
             ``asinh``, ``arctan``
-                Even in asinh(σ/c) or arctan(σ/c) down to 0. Option ``c`` (asinh 0.05, arctan 1).
+                Even in asinh(σ/c) or arctan(σ/c) down to 0. Option ``c`` (asinh 0.02, arctan 1).
         schedule : NoiseSchedule
             The schedule to cover.
         steps : int
@@ -204,7 +204,7 @@ def _log(schedule: NoiseSchedule, steps: int) -> Array:
     return _to_sigma_min(schedule, steps, np.log, np.exp)
 
 
-def _asinh(schedule: NoiseSchedule, steps: int, c: float = 0.05) -> Array:
+def _asinh(schedule: NoiseSchedule, steps: int, c: float = 0.02) -> Array:
     return _down_to_zero(schedule, steps, c, np.arcsinh, np.sinh)
 
 

@@ -24,7 +24,7 @@ from ddim_ode.solvers import Solver, get
 __all__ = ["DEFAULTS", "RoundTrip", "decode", "encode", "interpolate", "noise", "round_trip", "sample", "slerp"]
 
 #: The pair of solver and grid that benchmarks/defaults.py measured most accurate per call, by direction.
-DEFAULTS = {"sample": ("arctan4", "quadratic"), "encode": ("arctan4", "quadratic")}
+DEFAULTS = {"sample": ("deisx4", "quadratic"), "encode": ("deisx2", "asinh")}
 
 #: Model calls when neither `steps` nor `nfe` is given.
 _NFE = 50

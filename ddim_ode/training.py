@@ -203,7 +203,7 @@ def principal(images: np.ndarray, rank: int) -> tuple[Tensor, Tensor, Tensor, fl
         second += part.T @ part
     mean /= len(images)
     variance, basis = np.linalg.eigh(second / len(images) - np.outer(mean, mean))
-    variance, basis = variance[::-1].clip(min=0.0), basis[:, ::-1]
+    variance, basis = variance[::-1].clip(min=0.0).copy(), basis[:, ::-1].copy()
     rest = float(variance[rank:].mean()) if rank < size else 0.0
     leading, directions = (torch.from_numpy(np.ascontiguousarray(x[..., :rank])).float() for x in (variance, basis))
     return torch.from_numpy(mean.reshape(images.shape[1:])).float(), leading, directions, rest

@@ -27,6 +27,7 @@ __all__ = [
 
 _AB = "Adams–Bashforth on eq. 14; ρAB-DEIS of Zhang & Chen 2022, LMS of Karras et al.'s σ"
 _DEIS = "tAB-DEIS, Zhang & Chen 2022, exact integrals"
+_DEISX = "tAB-DEIS on x̂₀, with DPM-Solver++'s linear part: benchmarks/defaults.py"
 _ARCTAN = "Adams–Bashforth in the clock arctan σ: benchmarks/defaults.py"
 _DPMPP = "DPM-Solver++ multistep, Lu et al. 2022, exact integrals for its finite differences"
 
@@ -37,6 +38,7 @@ _MEMBERS: dict[str, Solver] = {
         Multistep(1, clock="variance", quantity="score", label="pf-euler", source="eq. 15, after Song et al. 2021"),
         *(Multistep(k, label=f"ab{k}", source=_AB) for k in (2, 3, 4)),
         *(Multistep(k, clock="t", label=f"deis{k}", source=_DEIS) for k in (2, 3, 4)),
+        *(Multistep(k, clock="t", linear=DATA, label=f"deisx{k}", source=_DEISX) for k in (2, 3, 4)),
         *(Multistep(k, clock="arctan", label=f"arctan{k}", source=_ARCTAN) for k in (2, 3, 4)),
         *(Multistep(k, clock="log", linear=DATA, label=f"dpmpp{k}m", source=_DPMPP) for k in (2, 3)),
         *(RungeKutta(tableau) for tableau in (MIDPOINT, HEUN, KUTTA3, RK4)),

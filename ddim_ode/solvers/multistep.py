@@ -382,7 +382,9 @@ def _weigh(member: Multistep, sigmas: Array, ticks: Array, to: float, tick_to: f
         return _Step(sigma, None, None)
     if sigma == 0.0 and (linear.singular or quantity == "data"):
         return euler
-    usable = np.isfinite(ticks) & ((sigmas > 0.0) | (quantity != "score"))
+    # At σ = 0 the stored z says nothing of y where h/g is infinite.
+    blind = quantity == "score" or (linear.singular and quantity == "noise")
+    usable = np.isfinite(ticks) & ((sigmas > 0.0) | (not blind))
     # The polynomial runs through the unbroken newest stretch; an infinite clock at either end leaves one point.
     count = 1 if not (usable[0] and np.isfinite(tick_to)) else int(np.argmin(usable)) or usable.size
     if to == 0.0 and (linear.singular or quantity == "data"):
@@ -396,15 +398,9 @@ def _weigh(member: Multistep, sigmas: Array, ticks: Array, to: float, tick_to: f
     kernel = linear.propagator(s, to)
     factor = (to - sigma) * _WEIGHTS * g(s) * basis
     integrals = np.tensordot(factor, kernel, axes=(1, 0))
-    # y = (rest)/g = h z / g at each past node; both are finite there but where y vanishes with σ.
-    turn = [
-        1.0
-        if linear.singular and quantity == "data"
-        else linear.h(x) / g(np.float64(x))
-        if x > 0.0 or quantity == "noise"
-        else 0.0
-        for x in sigmas[:count].tolist()
-    ]
+    # y = h z / g at each past node. At σ = 0: x̂₀ is z itself under DATA, and vanishes from x̂₀ − x̄ under the others.
+    at_zero = 0.0 if quantity == "data" and not linear.singular else 1.0
+    turn = [linear.h(x) / float(g(np.array(x))) if x > 0.0 else at_zero for x in sigmas[:count].tolist()]
     weights = [integrals[j] * turn[j] for j in range(count)]
     propagator = linear.propagator(np.array(sigma), to)
     if linear.directed:

@@ -117,7 +117,8 @@ class RungeKutta(Solver):
 
     Notes
     -----
-    A step that touches σ = 0 is taken in the clock σ where the chosen clock is singular there (log σ, σ²/2, t).
+    A step one of whose stages would lie where the clock is singular (log σ, σ²/2 and t are, at σ = 0) is taken in the
+    clock σ instead.
     """
 
     tableau: Tableau
