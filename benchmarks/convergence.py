@@ -51,7 +51,7 @@ LOW, HIGH = 0.6, 1.5
 GRIDS = ("uniform", "quadratic", "jittered")
 DIRECTIONS = ("sampling", "encoding")
 #: Steps the order is measured at; multiples of three, the period of the jittered grid.
-STEPS = (36, 72, 144)
+STEPS = (48, 96, 192)
 SCHEDULE = NoiseSchedule.linear()
 
 
@@ -204,7 +204,7 @@ def measured_order(errors: Sequence[float]) -> float:
 
 
 # -- the record ---------------------------------------------------------------------------------
-def measure(steps: Sequence[int] = (9, 18, *STEPS)) -> dict[str, Any]:
+def measure(steps: Sequence[int] = (12, 24, *STEPS)) -> dict[str, Any]:
     """Run every case; the whole study as plain data.
 
     Parameters

@@ -152,9 +152,9 @@ def main() -> None:
     held_out = {name: problem(name, n, seed=2) for name, n in PROBLEMS.items()}
     record["gain"] = gain(held_out)
     record["reference_difference"] = {name: task.difference for name, task in held_out.items()}
-    record = (
-        {"study": "defaults", "problems": PROBLEMS, "defaults": DEFAULTS} | record | circumstances(dtype=torch.float64)
-    )
+    # A kept choice keeps the circumstances it was made in.
+    record = circumstances(dtype=torch.float64) | record
+    record |= {"study": "defaults", "problems": PROBLEMS, "defaults": DEFAULTS, "gain_circumstances": circumstances()}
     write_json(path, record)
     for direction, best in record["ranking"].items():
         print(f"\n{direction}: score, solver, grid")

@@ -22,7 +22,7 @@ import ddim_ode
 from ddim_ode import data, plotting
 from ddim_ode.comparison import circumstances, compare, reference
 from ddim_ode.field import EpsilonField
-from ddim_ode.files import output_folder, write_json
+from ddim_ode.files import output_folder, to_json, write_json
 from ddim_ode.grid import Grid, grids
 from ddim_ode.models.checkpoints import build, bundled, load, save_model
 from ddim_ode.models.unet import GaussianResidual
@@ -40,9 +40,10 @@ _DTYPES = {"float64": torch.float64, "float32": torch.float32}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    warnings.showwarning = lambda message, *_, **__: print(f"ddim-ode: warning: {message}", file=sys.stderr)
     try:
-        return options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"ddim-ode: warning: {message}", file=sys.stderr)
+            return options.run(options)
     except (ValueError, OSError) as error:
         print(f"ddim-ode: {error}", file=sys.stderr)
         return 2
@@ -56,7 +57,9 @@ def _compare(o: argparse.Namespace) -> int:
     field, dtype = _field(o), _DTYPES[o.dtype]
     names = [get(name).name if name != "default" else name for name in _split(o.solvers)]
     budgets = [_whole(x, "--nfe") for x in _split(o.nfe)]
-    images = _images(o, field, o.n_images)
+    if not names or not budgets:
+        raise ValueError("compare needs at least one name in --solvers and one budget in --nfe")
+    images = _images(o, field, _whole(str(o.n_images), "--n-images"))
     latent = noise(_shape(field), o.n, o.seed).to(field.device or "cpu")
     if o.grid is not None:
         Grid.make(o.grid, field.schedule, 1)  # an unknown name is told before the work
@@ -78,7 +81,7 @@ def _compare(o: argparse.Namespace) -> int:
     if latent.ndim == 4 and latent.shape[1] in (1, 3):
         written += _sheets(found, exact.x, images, names, budgets, out)
     if o.json:
-        print(json.dumps(record))
+        print(to_json(record))
     else:
         _print_comparison(record)
         print(f"\nwritten to {out}: {', '.join(written)}")
@@ -190,16 +193,18 @@ def _reconstruct(o: argparse.Namespace) -> int:
 def _interpolate(o: argparse.Namespace) -> int:
     field = _field(o)
     _check_ending(o.out, _shape(field))
+    runs: dict[str, Solution] = {}
     if o.images is None:
         ends = noise(_shape(field), 2 * o.pairs, o.seed).to(field.device or "cpu")
     else:
         images = _images(o, field, None)
         if len(images) < 2 * o.pairs:
             raise ValueError(f"--pairs {o.pairs} needs {2 * o.pairs} images, but {o.images} holds {len(images)}")
-        ends = encode(field, images[: 2 * o.pairs], **_run_options(o)).x
+        runs["encode"] = encode(field, images[: 2 * o.pairs], **_run_options(o))
+        ends = runs["encode"].x
     run = interpolate(field, ends[0::2], ends[1::2], o.points, **_run_options(o))
     data.write_images(o.out, run.x, columns=o.points)
-    return _report(o, {"interpolate": run})
+    return _report(o, runs | {"interpolate": run})
 
 
 def _train(o: argparse.Namespace) -> int:
@@ -240,10 +245,10 @@ def _train(o: argparse.Namespace) -> int:
         raise ValueError(
             f"{out} holds a run of another network or data set: give another --out, or the options of {described}"
         )
-    write_json(described, description)
     shape = tuple(images.shape[1:])
 
     def on_save(average: torch.nn.Module, step: int) -> None:
+        write_json(described, description)
         save_model(out / "model.safetensors", average, description | {"training": {"step": step, "data": o.data}})
         field = EpsilonField(average, schedule, shape=shape)
         data.write_images(out / "samples.png", sample(field, n=16, seed=0, nfe=20, batch_size=16).x)
@@ -341,6 +346,8 @@ def _check_ending(path: str, shape: tuple[int, ...]) -> None:
         raise ValueError(f"--out {path}: images are written as .png (a sheet), .npz or .npy")
     if ending == ".png" and (len(shape) != 3 or shape[0] not in (1, 3)):
         raise ValueError(f"--out {path}: samples of shape {shape} are no picture; write .npz")
+    if Path(path).is_dir():
+        raise ValueError(f"--out {path}: that is a folder, and a file is to be written")
     output_folder(Path(path).parent)
 
 
@@ -348,11 +355,11 @@ def _report(
     o: argparse.Namespace, runs: dict[str, Solution], record: dict[str, Any] | None = None, line: str | None = None
 ) -> int:
     failed = {what: [i for i, s in enumerate(run.status) if s is not Status.SUCCESS] for what, run in runs.items()}
-    count = len(next(iter(runs.values())).status)
+    count = len(list(runs.values())[-1].status)
     calls = sum(run.nfe for run in runs.values())
     if o.json:
         record = record or {"nfe": calls, "samples": count} | circumstances()
-        print(json.dumps(record | {"failed": failed, "out": str(o.out)}))
+        print(to_json(record | {"failed": failed, "out": str(o.out)}))
     else:
         print(f"{count} samples, {calls} model calls: {o.out}" + (f"\n{line}" if line else ""))
     for what, which in failed.items():

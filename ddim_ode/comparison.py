@@ -168,6 +168,8 @@ def compare(
                     "nfe": nfe,
                     "calls": run.nfe,
                     "steps": run.grid.steps,
+                    "grid": run.grid.name,
+                    "encode_grid": trip.encoding.grid.name,
                     "rms": float(each.square().mean().sqrt()),
                     "median": float(each.median()),
                     "worst": float(each.max()),
@@ -189,6 +191,8 @@ def compare(
 _MEASURED = (
     "calls",
     "steps",
+    "grid",
+    "encode_grid",
     "rms",
     "median",
     "worst",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -125,7 +126,7 @@ def read_array(path: str | os.PathLike[str]) -> NDArray[Any]:
     try:
         with open(path, "rb") as file:
             return _array(np.load(file, allow_pickle=False), path)
-    except (OSError, EOFError, KeyError, BadZipFile) as error:
+    except (OSError, EOFError, KeyError, BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a whole array file: {error}") from error
 
 
@@ -193,7 +194,9 @@ def sheet(images: Uint8, columns: int | None = None, gap: int = 1) -> Uint8:
 def _picture(path: Path) -> Uint8:
     try:
         with Image.open(path) as image:
-            grey = image.mode in ("1", "L", "LA", "I", "I;16", "F")
+            if image.mode.startswith("I"):  # 16 bits a pixel
+                return (np.asarray(image, dtype=np.float64) / 257.0).round().clip(0, 255).astype(np.uint8)[None]
+            grey = image.mode in ("1", "L", "LA", "F")
             array = np.asarray(image.convert("L" if grey else "RGB"))
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} is not a whole picture file: {error}") from error
@@ -204,7 +207,7 @@ def _idx(path: Path) -> Uint8:
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole gzip file: {error}") from error
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or raw[3] != 3:
         raise ValueError(f"{path} is not an idx file of uint8 images: its header is {raw[:4]!r}")
@@ -225,6 +228,8 @@ def _as_images(array: NDArray[Any], path: Path) -> Uint8:
         raise ValueError(
             f"{path} must hold images (N, H, W), (N, C, H, W) or (N, H, W, C), but its shape is {array.shape}"
         )
+    if array.size == 0:
+        raise ValueError(f"{path} holds no images: its shape is {array.shape}")
     if array.dtype == np.uint8:
         return array
     if not np.issubdtype(array.dtype, np.floating):

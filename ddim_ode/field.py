@@ -29,7 +29,7 @@ def _score(sigma: float) -> tuple[float, float]:
     return 0.0, -sigma / math.sqrt(1.0 + sigma**2)
 
 
-# ε = a x̄ + b · output, by σ. Where σ = 0 makes b infinite the caller passes the schedule's σ_min.
+# ε = a x̄ + b · output, by σ, which the caller keeps at or above the first trained level.
 PREDICTIONS: dict[str, Callable[[float], tuple[float, float]]] = {
     "epsilon": lambda sigma: (0.0, 1.0),
     "sample": lambda sigma: (1.0 / sigma, -1.0 / sigma),
@@ -48,7 +48,8 @@ class EpsilonField:
     ----------
     model : callable
         ``model(x, t)`` or, with a condition, ``model(x, t, condition)``: x (B, \*d) of variance about one,
-        t (B,) the time label, 0-based and fractional (see `label`); it returns (B, \*d).
+        t (B,) the time label, 0-based and fractional (see `label`); it returns (B, \*d), a new tensor each time:
+        multistep solvers keep it.
     schedule : NoiseSchedule
         The schedule the model was trained with.
     prediction : {"epsilon", "sample", "v_prediction", "score", "flow"}
@@ -215,13 +216,18 @@ class EpsilonField:
         """
         return self._bind_sigma(x_bar) if self._by_sigma else self._bind_network(x_bar, sigmas, rows)
 
+    def check_conditions(self, batch: int) -> None:
+        """Refuse conditions that do not fit a run over `batch` samples."""
+        for name in ("condition", "null_condition"):
+            _rows(getattr(self, name), None, batch, name)
+
     def _bind_sigma(self, like: Tensor) -> Evaluate:
         dtype, state, shape, call = self.dtype or like.dtype, like.dtype, like.shape, self._call
 
         def evaluate(x_bar: Tensor, sigma: float) -> Tensor:
             self.nfe += 1
             eps = call(x_bar if state == dtype else x_bar.to(dtype), sigma)
-            if eps.shape != shape:
+            if not isinstance(eps, Tensor) or eps.shape != shape:
                 raise ValueError(_wrong_shape(eps, shape))
             return eps if eps.dtype == state else eps.to(state)
 
@@ -248,8 +254,8 @@ class EpsilonField:
             columns = torch.from_numpy(labels).to(device, label_dtype).unsqueeze(1)
             columns = columns.repeat(1, 2 * batch if doubled else batch)
             for sigma, t in zip(values.tolist(), columns.unbind(), strict=True):
-                # A network's σ = 0 is its first trained level: see the class's notes.
-                a, b = PREDICTIONS[self.prediction](sigma or self.schedule.sigma_min)
+                # A network's σ is never below its first trained level: see the class's notes.
+                a, b = PREDICTIONS[self.prediction](max(sigma, self.schedule.sigma_min))
                 table[sigma] = ((1.0 + sigma * sigma) ** -0.5, t, a, b)
 
         learn(sigmas)
@@ -267,7 +273,12 @@ class EpsilonField:
                 entry = table[float(sigma)]
             scale, t, a, b = entry
             self.nfe += 1
-            x = x_bar * scale if state == dtype else x_bar.to(dtype).mul_(scale)
+            if state == dtype:
+                x = x_bar * scale
+            elif dtype == torch.float16:  # x̄ may be as large as σ_T, which float16 need not hold
+                x = (x_bar * scale).to(dtype)
+            else:
+                x = x_bar.to(dtype).mul_(scale)
             if bare:
                 out = call(x, t)
             else:
@@ -278,11 +289,11 @@ class EpsilonField:
                 with context():
                     out = call(x, t) if condition is None else call(x, t, condition)
                 if doubled:
-                    if out.shape[0] != 2 * batch:
+                    if not isinstance(out, Tensor) or out.shape[0] != 2 * batch:
                         raise ValueError(_wrong_shape(out, (2 * batch, *shape[1:])))
                     without, given = out.to(state).chunk(2)
                     out = without + scale_by * (given - without)
-            if out.shape != shape:
+            if not isinstance(out, Tensor) or out.shape != shape:
                 raise ValueError(_wrong_shape(out, shape))
             if out.dtype != state:
                 out = out.to(state)

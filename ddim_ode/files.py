@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-__all__ = ["output_folder", "replacing", "write_json"]
+__all__ = ["output_folder", "replacing", "to_json", "write_json"]
 
 
 class replacing:
@@ -23,18 +23,22 @@ class replacing:
         return self.temporary
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            os.replace(self.temporary, self.path)
-        else:
+        try:
+            if kind is None:
+                os.replace(self.temporary, self.path)
+        finally:
             self.temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike[str], record: Any) -> None:
-    """Write a record as JSON; NaN and infinity, which JSON does not have, become null."""
+    """Write a record as JSON; see :func:`to_json`."""
     with replacing(path) as temporary:
-        temporary.write_text(
-            json.dumps(_finite(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        temporary.write_text(to_json(record, indent=1) + "\n", encoding="utf-8")
+
+
+def to_json(record: Any, indent: int | None = None) -> str:
+    """A record as JSON; NaN and infinity, which JSON does not have, become null."""
+    return json.dumps(_finite(record), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def output_folder(path: str | os.PathLike[str]) -> Path:

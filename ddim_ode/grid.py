@@ -6,18 +6,31 @@ A grid is made once and used by every solver in both directions; no step ever de
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from ddim_ode.schedule import NoiseSchedule
 
 __all__ = ["Grid", "grids"]
 
 Array = NDArray[np.float64]
+
+
+def whole(value: Any, name: str, least: int = 1) -> int:
+    """A whole number of at least `least`, or a ValueError that names it."""
+    try:
+        number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, but got {value!r}")
+    return number
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +69,7 @@ class Grid:
         if sigmas.min() < 0.0:
             raise ValueError(f"a grid's sigmas must not be negative, but the smallest is {sigmas.min():.10g}")
         end = self.schedule.sigma_max
-        if sigmas.max() > end * (1.0 + 1e-12):
+        if sigmas.max() > end * (1.0 + 1e-6):  # σ_T in float32 is σ_T
             raise ValueError(
                 f"a grid's sigmas must not exceed the schedule's sigma_max = {end:.10g}, but reach {sigmas.max():.10g}"
             )
@@ -93,8 +106,10 @@ class Grid:
         return f"<Grid {self.name}: {self.steps} steps, sigma {self.sigmas[0]:.6g} -> {self.sigmas[-1]:.6g}>"
 
     @staticmethod
-    def explicit(sigmas: ArrayLike, schedule: NoiseSchedule) -> Grid:
+    def explicit(sigmas: ArrayLike | Tensor, schedule: NoiseSchedule) -> Grid:
         """A grid from the noise levels themselves, in either direction."""
+        if isinstance(sigmas, Tensor):
+            sigmas = sigmas.detach().cpu().numpy()
         return Grid(np.asarray(sigmas, dtype=np.float64), schedule)
 
     @staticmethod
@@ -135,10 +150,9 @@ class Grid:
             close = difflib.get_close_matches(name, _RULES, n=3, cutoff=0.3)
             hint = f"did you mean {' or '.join(close)}? " if close else ""
             raise ValueError(f"unknown grid {name!r}: {hint}known grids are {', '.join(_RULES)}")
-        if isinstance(steps, bool) or int(steps) != steps or steps < 1:
-            raise ValueError(f"steps must be a whole number of at least 1, but got {steps!r}")
+        steps = whole(steps, "steps")
         try:
-            sigmas = _RULES[name](schedule, int(steps), **options)
+            sigmas = _RULES[name](schedule, steps, **options)
         except TypeError:
             raise ValueError(f"grid {name!r} does not take the options {sorted(options)}") from None
         return Grid(np.append(sigmas, 0.0), schedule, name)
@@ -175,6 +189,8 @@ def _released_quadratic(schedule: NoiseSchedule, steps: int) -> Array:
         raise ValueError(
             "grid 'released-quadratic' counts trained steps, and this schedule is continuous: use 'quadratic'"
         )
+    if steps < 2:
+        raise ValueError("grid 'released-quadratic' needs steps >= 2: its first label is 0, its last 0.8 T")
     labels = np.unique((np.linspace(0.0, np.sqrt(schedule.T * 0.8), steps) ** 2).astype(np.int64))
     return schedule.sigma(labels[::-1].astype(np.float64) + 1.0)
 

@@ -68,9 +68,14 @@ def integrate(
         shape, or is on another device than the network. Nothing has been computed then.
     """
     grid = sigmas if isinstance(sigmas, Grid) else Grid.explicit(sigmas, field.schedule)
+    if grid.schedule is not field.schedule and grid.schedule.config != field.schedule.config:
+        raise ValueError(
+            f"the grid was made for {grid.schedule!r}, but the field has {field.schedule!r}: make it for that one"
+        )
     method = get(solver)
     check_state(field, x_bar, "x_bar")
-    x_bar = x_bar if dtype is None else x_bar.to(dtype)
+    if dtype is not None:
+        x_bar = to_dtype(x_bar, dtype)
     with torch.no_grad():
         return _run(field, x_bar, grid, method, callback, progress, trajectory, rows)
 
@@ -101,6 +106,8 @@ def _run(
             callback(Step(n, nodes[n], nodes[n + 1], x_bar, field.nfe - calls))
 
     calls = field.nfe - calls
+    if x_bar is start:  # a run that made no step of its own must still not hand the caller's tensor back
+        x_bar = start.clone()
     count = start.shape[0]
     reached, status = [nodes[-1]] * count, [Status.SUCCESS] * count
     if not isinstance(x_bar, FakeTensor):  # a fake tensor has no values to check
@@ -139,6 +146,17 @@ def _subset(rows: slice | Tensor | None, chosen: Tensor) -> Tensor:
     if isinstance(rows, slice):
         return chosen + (rows.start or 0)
     return rows[chosen]
+
+
+def to_dtype(x: Tensor, dtype: torch.dtype, largest: float = 1.0) -> Tensor:
+    """The state in `dtype`, which must be a floating one that holds numbers `largest` times a few."""
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating dtype, such as torch.float64, but got {dtype}")
+    if 8.0 * largest > torch.finfo(dtype).max:
+        raise ValueError(
+            f"dtype {dtype} cannot hold states at sigma = {largest:.4g}: use torch.float32 or torch.float64"
+        )
+    return x.to(dtype)
 
 
 def _failed(x: Tensor) -> Tensor | None:

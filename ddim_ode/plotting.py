@@ -42,7 +42,7 @@ def error_figure(record: dict[str, Any]) -> Figure:
     axes.annotate(
         "the two references differ", (0.01, floor), xycoords=("axes fraction", "data"), va="bottom", color="0.4"
     )
-    axes.set_title(f"{record['samples']} samples, same latents, grid {record['grid']}")
+    axes.set_title(f"{record['samples']} samples, same latents{_on(record)}")
     return figure
 
 
@@ -50,7 +50,7 @@ def round_trip_figure(record: dict[str, Any]) -> Figure:
     """Mean squared error of encode-then-decode against model calls each way, log–log, a line a solver."""
     figure, axes = _axes("Model calls each way", "Round trip: MSE per dimension on [0, 1]")
     _lines(axes, record["rows"], "calls", "round_trip_mse")
-    axes.set_title(f"{record['images']} images, grid {record['grid']}")
+    axes.set_title(f"{record['images']} images{_on(record)}")
     return figure
 
 
@@ -84,6 +84,12 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     with replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=150)
+
+
+def _on(record: dict[str, Any]) -> str:
+    """The grids, for a title: the default pair has its own."""
+    own = any(row["solver"] == "default" for row in record["rows"])
+    return f", grid {record['grid']}" + (" (default: its own)" if own else "")
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Axes]:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ddim_ode.field import EpsilonField
-from ddim_ode.grid import Grid
-from ddim_ode.integrate import check_state, integrate
+from ddim_ode.grid import Grid, whole
+from ddim_ode.integrate import check_state, integrate, to_dtype
 from ddim_ode.metrics import mse
 from ddim_ode.solution import Solution, Status, Step
 from ddim_ode.solvers import Solver, get
@@ -50,12 +50,12 @@ def noise(shape: tuple[int, ...], n: int, seed: int, *, first: int = 0, dtype: t
     dtype : torch.dtype
         Dtype of the result.
     """
-    if isinstance(n, bool) or int(n) != n or n < 1:
-        raise ValueError(f"n must be a whole number of at least 1, but got {n!r}")
-    if isinstance(seed, bool) or int(seed) != seed or not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be a whole number in [0, 2**64), but got {seed!r}")
+    n, seed = whole(n, "n"), whole(seed, "seed", 0)
+    if seed >= 2**64:
+        raise ValueError(f"seed must be below 2**64, but got {seed}")
     drawn = [
-        np.random.Generator(np.random.Philox(key=[seed, i])).standard_normal(shape) for i in range(first, first + n)
+        np.random.Generator(np.random.Philox(key=np.array([seed, i], dtype=np.uint64))).standard_normal(shape)
+        for i in range(first, first + n)
     ]
     return torch.from_numpy(np.stack(drawn)).to(dtype)
 
@@ -106,7 +106,7 @@ def sample(
     Returns
     -------
     Solution
-        ``.x`` in data space, (B, \*d); ``.nfe``, ``.status``, ``.grid``.
+        ``.x`` in data space (x at the grid's last σ, if that is not 0), (B, \*d); ``.nfe``, ``.status``, ``.grid``.
 
     Raises
     ------
@@ -124,13 +124,13 @@ def sample(
             raise ValueError("sample needs latents: give latent=, or n= to draw some")
         if field.shape is None:
             raise ValueError("n needs to know the shape of a sample: make the field with shape=(...), or give latent=")
-        latent = noise(field.shape, n, seed, dtype=dtype).to(field.device or "cpu")
+        latent = noise(field.shape, n, seed).to(field.device or "cpu")
     else:
         if n is not None and n != latent.shape[0]:
             raise ValueError(f"n = {n} contradicts the {latent.shape[0]} latents given: leave one out")
         check_state(field, latent, "latent")
         _warn_if_not_latent(latent)
-    start = latent.to(dtype) * math.sqrt(1.0 + nodes.sigmas[0] ** 2)
+    start = to_dtype(latent, dtype, nodes.sigmas[0]) * math.sqrt(1.0 + nodes.sigmas[0] ** 2)
     return _in_batches(field, start, nodes, method, batch_size, callback, progress, trajectory)
 
 
@@ -154,14 +154,14 @@ def encode(
     progress: bool = False,
     trajectory: bool = False,
 ) -> Solution:
-    r"""From data to latents x_T: eq. 14 from σ = 0 up to σ_T, over the nodes that sampling visits.
+    r"""From data to latents x_T: eq. 14 from σ = 0 up to σ_T. A grid named for both directions has the same nodes in both.
 
     Parameters
     ----------
     field : EpsilonField
         ε.
     images : Tensor
-        x_0, (B, \*d).
+        x_0, (B, \*d); x at the grid's first σ, if that is not 0.
     data_range : (float, float) or None
         What images (B, C, H, W) must lie in, up to rounding; None for no check.
     steps, nfe, solver, grid, dtype, batch_size, callback, progress, trajectory
@@ -180,7 +180,8 @@ def encode(
     method, nodes = _plan(field, "encode", solver, grid, steps, nfe)
     check_state(field, images, "images")
     _check_range(images, data_range)
-    return _in_batches(field, images.to(dtype), nodes, method, batch_size, callback, progress, trajectory)
+    start = to_dtype(images, dtype, nodes.sigmas[-1]) * math.sqrt(1.0 + nodes.sigmas[0] ** 2)
+    return _in_batches(field, start, nodes, method, batch_size, callback, progress, trajectory)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +195,8 @@ class RoundTrip:
     latent, reconstruction : Tensor
         x_T and the images that came back, (B, \*d).
     mse : Tensor
-        Mean squared error of each image per dimension, on [0, 1]: the paper's Table 2. (B,), float64.
+        Mean squared error of each image per dimension, on [0, 1]: the paper's Table 2. (B,), float64; NaN where either
+        direction failed.
     nfe : int
         Model calls of both directions together.
     status : tuple of Status
@@ -247,7 +249,7 @@ def round_trip(
     steps, nfe : int, optional
         Steps, or model calls, each way.
     solver, grid
-        Used both ways; by default each direction has its own.
+        Used both ways. With neither, each direction has its own; a solver alone runs on the default grid of sampling.
     dtype, batch_size, progress
         As for :func:`sample`.
     data_range : (float, float) or None
@@ -264,7 +266,11 @@ def round_trip(
         # A coarse encoder's latent may look odd; here that is a result, not a user's mistake.
         warnings.simplefilter("ignore", LatentWarning)
         back = sample(field, there.x, **options)
-    return RoundTrip(there, back, mse(images, back.x, data_range or (-1.0, 1.0)))
+    error = mse(images, back.x, data_range or (-1.0, 1.0))
+    lost = [i for i, pair in enumerate(zip(there.status, back.status, strict=True)) if any(pair)]
+    if lost:
+        error[lost] = math.nan
+    return RoundTrip(there, back, error)
 
 
 def slerp(a: Tensor, b: Tensor, fraction: float) -> Tensor:
@@ -309,8 +315,7 @@ def interpolate(field: EpsilonField, a: Tensor, b: Tensor, n: int = 8, **options
     Solution
         Of B · n samples, path after path.
     """
-    if isinstance(n, bool) or int(n) != n or n < 2:
-        raise ValueError(f"n must be a whole number of at least 2, both ends of the path, but got {n!r}")
+    n = whole(n, "n, the points of a path with both its ends,", 2)
     check_state(field, a, "a")
     check_state(field, b, "b")
     if a.shape != b.shape:
@@ -338,7 +343,9 @@ def _plan(
         )
     default_solver, default_grid = DEFAULTS[direction]
     method = get(default_solver if solver is None else solver)
-    grid = default_grid if grid is None else grid
+    if grid is None:
+        # A solver that is named runs on one grid both ways.
+        grid = default_grid if solver is None else DEFAULTS["sample"][1]
     if steps is not None and nfe is not None:
         raise ValueError("steps and nfe are two ways to say one thing: give one of them")
     if isinstance(grid, str):
@@ -367,12 +374,12 @@ def _in_batches(
     progress: bool,
     trajectory: bool,
 ) -> Solution:
-    if batch_size is not None and (int(batch_size) != batch_size or batch_size < 1):
-        raise ValueError(f"batch_size must be a whole number of at least 1, but got {batch_size!r}")
+    field.check_conditions(start.shape[0])
+    batch_size = None if batch_size is None else whole(batch_size, "batch_size")
     options: dict[str, Any] = {"callback": callback, "progress": progress, "trajectory": trajectory}
     if batch_size is None or batch_size >= start.shape[0]:
         return integrate(field, start, grid, solver, **options)
-    size = int(batch_size)
+    size = batch_size
     parts = [
         integrate(field, part, grid, solver, rows=slice(i * size, i * size + part.shape[0]), **options)
         for i, part in enumerate(start.split(size))

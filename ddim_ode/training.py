@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ddim_ode.data import from_uint8
 from ddim_ode.files import replacing
+from ddim_ode.grid import whole
 from ddim_ode.schedule import NoiseSchedule
 
 __all__ = ["TrainingOptions", "sigma_loss", "spread", "train"]
@@ -79,6 +80,16 @@ class TrainingOptions:
     autocast: bool = True
     compile: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            whole(getattr(self, name), name)
+        for name in ("lr", "clip", "label_power"):
+            if not getattr(self, name) > 0.0:
+                raise ValueError(f"{name} must be positive, but got {getattr(self, name)!r}")
+        for name in ("cooldown", "ema"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must lie in [0, 1], but got {getattr(self, name)!r}")
+
     def learning_rate(self, step: int) -> float:
         """The learning rate of update `step`, counted from 0."""
         rise = min(1.0, (step + 1) / max(self.warmup, 1))
@@ -127,6 +138,7 @@ def train(
     Module
         The moving average of the weights, in evaluation mode.
     """
+    whole(save_every, "save_every")
     variance = spread(images)[1] ** 2
     network = network.to(device).train()
     average = copy.deepcopy(network).eval().requires_grad_(False)
@@ -195,6 +207,8 @@ def principal(images: np.ndarray, rank: int) -> tuple[Tensor, Tensor, Tensor, fl
     Of uint8 images (N, C, H, W), in the units of [−1, 1]; k = `rank`.
     """
     size = int(np.prod(images.shape[1:]))
+    if not 0 <= rank <= size:
+        raise ValueError(f"rank must lie in [0, {size}], the dimension of the images, but got {rank}")
     mean = np.zeros(size)
     second = np.zeros((size, size))
     for start in range(0, len(images), 4096):

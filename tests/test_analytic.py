@@ -75,6 +75,8 @@ def test_empirical_takes_uint8_images_and_ends_on_them():
 def test_at_sigma_zero_the_field_vanishes_on_the_data():
     assert not GaussianEpsilon(MEANS[0], COVARIANCES[0])(X, 0.0).any()
     assert not MixtureEpsilon(WEIGHTS, MEANS, COVARIANCES)(X, 0.0).any()
+    flat = MixtureEpsilon(WEIGHTS, MEANS, torch.zeros(3, D, D))
+    assert not flat(X, 0.0).any()
     # Directions without variance too: their data all lie on the mean.
     assert not GaussianEpsilon(torch.zeros(D), torch.tensor([1.0, 0, 0, 0, 0]))(X, 0.0).any()
 

@@ -80,6 +80,13 @@ def test_bad_files_are_refused(weights, tmp_path):
     save_model(tmp_path / "wrong.safetensors", network.network, SMALL)
     with pytest.raises(ValueError, match="does not fit the network it describes: missing"):
         ddim_ode.load(tmp_path / "wrong.safetensors")
+    for change in ({"schedule": {"kind": "odd"}}, {"network": {"height": 3}}, {"residual": {}}):
+        save_model(tmp_path / "odd.safetensors", network, SMALL | change)
+        with pytest.raises(ValueError, match="does not describe a network"):
+            ddim_ode.load(tmp_path / "odd.safetensors")
+    save_model(tmp_path / "size.safetensors", network, SMALL | {"network": SMALL["network"] | {"width": 16}})
+    with pytest.raises(ValueError, match="other shapes in"):
+        ddim_ode.load(tmp_path / "size.safetensors")
     save_model(tmp_path / "new.safetensors", network, SMALL | {"format": 2})
     with pytest.raises(ValueError, match="format 2"):
         ddim_ode.load(tmp_path / "new.safetensors")

@@ -121,10 +121,16 @@ def test_solvers_lists_them(capsys):
         (["decode", "--latent", "IMAGES"], "is it an image"),
         (["decode", "--latent", "OUT/none.npz"], "no such file"),
         (["compare", "--nfe", "5,x"], "whole numbers"),
+        (["compare", "--nfe", ""], "at least one"),
+        (["compare", "--n-images", "0"], "--n-images"),
+        (["compare", "--grid", "karas"], "did you mean karras"),
+        (["sample", "--device", "cuda:99"], "--device cuda:99 cannot be used here"),
+        (["sample", "--out", "."], "images are written as"),
+        (["train", "--data", "IMAGES", "--rank", "6", "--steps", "0"], "steps must be"),
         (["compare", "--solvers", "ddim,abb3"], "did you mean ab3"),
         (["compare", "--out", "FILE/out"], "cannot write to the output folder"),
         (["reconstruct", "--out", "FILE/out"], "cannot write to the output folder"),
-        (["train", "--out", "FILE/out", "--data", "IMAGES"], "cannot write to the output folder"),
+        (["train", "--out", "FILE/out", "--data", "IMAGES", "--rank", "6"], "cannot write to the output folder"),
     ],
 )
 def test_bad_requests_are_refused_and_leave_nothing(arguments, says, images, tmp_path, capsys, monkeypatch):

@@ -50,6 +50,12 @@ def test_arrays(tmp_path, images, ending):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_sixteen_bit_pictures(tmp_path):
+    ramp = np.array([[0, 257 * 10], [257 * 200, 65535]], dtype=np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    np.testing.assert_array_equal(data.read_images(tmp_path / "deep.png")[0, 0], [[0, 10], [200, 255]])
+
+
 def test_idx_files(tmp_path):
     (tmp_path / "a-images-idx3-ubyte").write_bytes(idx(GREY))
     (tmp_path / "b-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(GREY)))
@@ -106,6 +112,10 @@ def test_bad_files_are_refused(tmp_path):
         np.save(tmp_path / f"{name}.npy", array)
         with pytest.raises(ValueError, match=says):
             data.read_images(tmp_path / f"{name}.npy")
+    refused("bad-ubyte.gz", gzip.compress(idx(GREY))[:20] + b"garbage" * 20, "not a whole gzip")
+    np.save(tmp_path / "none.npy", np.zeros((0, 4, 4)))
+    with pytest.raises(ValueError, match="no images"):
+        data.read_images(tmp_path / "none.npy")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no picture files"):
         data.read_images(tmp_path / "empty")
@@ -116,4 +126,7 @@ def test_bad_outputs_are_refused(tmp_path):
         data.write_images(tmp_path / "a.jpg", torch.zeros(1, 1, 2, 2))
     with pytest.raises(ValueError, match="1 or 3"):
         data.write_images(tmp_path / "a.png", torch.zeros(1, 2, 2, 2))
-    assert not list(tmp_path.iterdir())
+    (tmp_path / "a.npz").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        data.write_images(tmp_path / "a.npz", torch.zeros(1, 1, 2, 2))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]

@@ -53,9 +53,9 @@ def test_nearest_labels_are_integers():
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("sigma", [0.0, LINEAR.sigma_min, 0.5, 20.0])
+@pytest.mark.parametrize("sigma", [0.0, 1e-3 * LINEAR.sigma_min, LINEAR.sigma_min, 0.5, 20.0])
 def test_every_prediction_type_gives_the_same_epsilon(prediction, sigma):
-    level = sigma or LINEAR.sigma_min  # what a network is asked for at σ = 0
+    level = max(sigma, LINEAR.sigma_min)  # what a network is asked for below its first level
 
     def model(x, t):
         # From the definitions, in the paper's α: x = √α x₀ + √(1−α) ε
@@ -97,6 +97,12 @@ def test_parameters_set_the_networks_dtype_and_the_state_keeps_its_own():
     field, calls = seen(dtype=torch.float32)
     field(X, 1.0)
     assert calls[0][0].dtype == torch.float32
+
+
+def test_half_precision_networks_never_see_the_unscaled_state():
+    cosine = NoiseSchedule.cosine()
+    field = EpsilonField(lambda x, t: x, cosine, dtype=torch.float16)
+    assert bool(field(X * cosine.sigma_max * 10.0, cosine.sigma_max).isfinite().all())
 
 
 def test_from_sigma_sees_the_state_itself():
@@ -175,6 +181,8 @@ def test_compiled_networks_give_the_same():
             ValueError,
             r"shape \(3, 2, 4\), but returned \(3, 1, 4\)",
         ),
+        (lambda: EpsilonField(lambda x, t: (x,), LINEAR)(X, 1.0), ValueError, "but returned tuple"),
+        (lambda: EpsilonField.from_sigma(lambda x, s: None, LINEAR)(X, 1.0), ValueError, "but returned NoneType"),
         (
             lambda: EpsilonField(lambda x, t, c: x, LINEAR, condition=torch.ones(2))(X, 1.0),
             ValueError,

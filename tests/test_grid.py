@@ -8,8 +8,9 @@ from ddim_ode import Grid, NoiseSchedule, grids
 LINEAR = NoiseSchedule.linear()
 
 
-@pytest.mark.parametrize("name", grids())
-@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+@pytest.mark.parametrize(
+    ("name", "steps"), [(n, s) for n in grids() for s in (1, 2, 7, 50) if (n, s) != ("released-quadratic", 1)]
+)
 def test_every_rule_falls_to_zero_and_reverses_to_the_bit(name, steps):
     grid = Grid.make(name, LINEAR, steps)
     assert grid.sigmas[-1] == 0.0
@@ -99,6 +100,7 @@ def test_bad_sigmas_are_refused(sigmas, says):
         ("karras", 10, {"rho": 0.0}, "rho must be positive"),
         ("arctan", 10, {"c": -1.0}, "c must be positive"),
         ("log", 10, {"rho": 7.0}, "does not take the options"),
+        ("released-quadratic", 1, {}, "steps >= 2"),
     ],
 )
 def test_bad_rules_are_refused(name, steps, options, says):

@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from ddim_ode import EpsilonField, Grid, NoiseSchedule, Solver, Status, integrate, solvers
+from ddim_ode import (
+    DATA,
+    NOISE,
+    EpsilonField,
+    Gaussian,
+    Grid,
+    Multistep,
+    NoiseSchedule,
+    Solver,
+    Status,
+    integrate,
+    solvers,
+)
 from ddim_ode.models.analytic import GaussianEpsilon
 
 LINEAR = NoiseSchedule.linear()
@@ -44,9 +56,9 @@ def test_the_loop_drives_any_solver_step_by_step():
 def test_no_solver_changes_its_input(solver):
     before = X.clone()
     seen = []
-    run = integrate(FIELD, X, SIGMAS, solver, trajectory=True, callback=lambda step: seen.append(step.x_bar))
+    run = integrate(FIELD, X, SIGMAS, solver, trajectory=True, callback=lambda step: seen.append(step.x_bar.clone()))
     torch.testing.assert_close(X, before, rtol=0, atol=0)
-    # Nor a state it has handed out: the last one would show if steps shared memory.
+    # Nor a state it has handed out: as it was then and as it was when all were stacked at the end.
     for kept, state in zip(seen, run.trajectory[1:], strict=True):
         torch.testing.assert_close(kept, state, rtol=0, atol=0)
 
@@ -57,6 +69,23 @@ def test_a_model_that_returns_its_input_does_no_harm(solver):
     mine = integrate(EpsilonField(lambda x, t: x, LINEAR), X, grid, solver).x_bar
     copied = integrate(EpsilonField(lambda x, t: x.clone(), LINEAR), X, grid, solver).x_bar
     torch.testing.assert_close(mine, copied, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("linear", [NOISE, DATA, Gaussian(torch.zeros(2, 3), torch.tensor(0.3))], ids=lambda p: p.name)
+@pytest.mark.parametrize("quantity", ["noise", "data", "score"])
+@pytest.mark.parametrize("clock", ["sigma", "t", "log", "variance", "arctan", "asinh"])
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_every_member_reaches_and_leaves_sigma_zero(linear, quantity, clock, k):
+    """Some members cannot be accurate there; none may divide by zero, and those with finite pieces are right."""
+    member = Multistep(k, clock=clock, linear=linear, quantity=quantity)
+    nodes = np.append(np.linspace(2.0, 0.02, 100) ** 2 / 2.0, 0.0)
+    down = integrate(FIELD, X, nodes, member)
+    up = integrate(FIELD, X, nodes[::-1], member)
+    assert down.success
+    assert up.success
+    if quantity == "noise" and linear is not DATA:
+        torch.testing.assert_close(down.x_bar, EXACT.solution(X, 2.0, 0.0), rtol=0.05, atol=0.02)
+        torch.testing.assert_close(up.x_bar, EXACT.solution(X, 0.0, 2.0), rtol=0.05, atol=0.02)
 
 
 def test_callbacks_see_every_step():
@@ -132,6 +161,30 @@ def test_another_device_is_refused():
     field = EpsilonField(network, LINEAR)
     with pytest.raises(ValueError, match=r"x_bar is on meta, but the model is on cpu.*\.to"):
         integrate(field, torch.zeros(1, 2, 3, device="meta"), SIGMAS)
+
+
+def test_the_result_is_never_the_callers_own_tensor():
+    assert integrate(FIELD, X, [0.0, 1.0], "pf-euler").x_bar is not X
+
+
+def test_integer_dtypes_and_foreign_grids_are_refused():
+    with pytest.raises(TypeError, match="floating dtype"):
+        integrate(FIELD, X, SIGMAS, dtype=torch.int32)
+    with pytest.raises(ValueError, match="the grid was made for"):
+        integrate(FIELD, X, Grid.make("t", NoiseSchedule.cosine(), 5))
+
+
+def test_a_gaussian_part_that_does_not_fit_is_refused_before_any_call():
+    calls = FIELD.nfe
+    for part in (Gaussian(torch.zeros(3), torch.ones(3)), Gaussian(torch.zeros(()), torch.ones(5), torch.eye(5))):
+        with pytest.raises(ValueError, match="Gaussian part must fit"):
+            integrate(FIELD, X, SIGMAS, Multistep(2, linear=part))
+    assert FIELD.nfe == calls
+
+
+def test_sigmas_may_be_tensors_of_float32():
+    sigmas = torch.tensor([LINEAR.sigma_max, 1.0, 0.0], dtype=torch.float32, requires_grad=True)
+    assert integrate(FIELD, X, sigmas).grid.sigmas[0] == LINEAR.sigma_max
 
 
 def test_a_wrong_shape_from_the_model_is_said():

@@ -117,6 +117,40 @@ def test_conditions_follow_a_failed_sample_into_its_second_run():
         assert run.sigma[1] == pytest.approx(LINEAR.sigma(300))
 
 
+def test_conditions_that_do_not_fit_are_refused_before_any_call():
+    field = EpsilonField(lambda x, t, c: x, LINEAR, condition=torch.zeros(3))
+    with pytest.raises(ValueError, match="condition has 3 rows, but the batch has 5"):
+        ddim_ode.sample(field, ddim_ode.noise(SHAPE, 5, 0), nfe=4, batch_size=2)
+    assert field.nfe == 0
+
+
+def test_seeds_use_all_their_bits():
+    assert not torch.equal(ddim_ode.noise(SHAPE, 1, 2**63), ddim_ode.noise(SHAPE, 1, 2**63 + 1))
+    assert torch.equal(ddim_ode.noise(SHAPE, np.int64(1), torch.tensor(3)), ddim_ode.noise(SHAPE, 1, 3))
+
+
+def test_one_named_solver_runs_on_one_grid_both_ways():
+    trip = ddim_ode.round_trip(FIELD, IMAGES, nfe=8, solver="ddim")
+    assert trip.decoding.grid == trip.encoding.grid.reversed()
+
+
+def test_a_grid_that_does_not_end_at_the_data_scales_both_ends():
+    trip = ddim_ode.round_trip(FIELD, IMAGES, grid=np.geomspace(0.5, 3.0, 200), solver="ab4-rk")
+    assert float(trip.mse.max()) < 1e-10
+
+
+def test_a_failed_round_trip_has_no_error_to_report():
+    def eps(x_bar, sigma):
+        bad = (x_bar[:, :1, :1, :1] > 0.9) & (sigma < 1.0)
+        return torch.where(bad, torch.nan, EXACT(x_bar, sigma))
+
+    images = IMAGES.clone() * 0.5
+    images[1, 0, 0, 0] = 0.99
+    trip = ddim_ode.round_trip(EpsilonField.from_sigma(eps, LINEAR), images, nfe=8, solver="ddim")
+    assert trip.status[1] is Status.NONFINITE
+    assert bool(trip.mse[1].isnan())
+
+
 def test_interpolation_is_spherical():
     a, b = ddim_ode.noise(SHAPE, 2, 0), ddim_ode.noise(SHAPE, 2, 5)
     torch.testing.assert_close(slerp(a, b, 0.0), a)
@@ -157,13 +191,16 @@ def test_float32_states():
         (lambda: ddim_ode.sample(FIELD, n=2, seed=-1), ValueError, "seed must be"),
         (lambda: ddim_ode.sample(FIELD, n=2, nfe=0), ValueError, "nfe = 0 does not pay for one step"),
         (lambda: ddim_ode.sample(FIELD, n=2, nfe=3, solver="rk4"), ValueError, "rk4, which takes 4 calls"),
-        (lambda: ddim_ode.sample(FIELD, n=2, nfe=2.5), ValueError, "whole number of model calls"),
+        (lambda: ddim_ode.sample(FIELD, n=2, nfe=2.5), ValueError, "nfe must be a whole number"),
         (lambda: ddim_ode.sample(FIELD, n=2, nfe=5, steps=5), ValueError, "give one of them"),
         (lambda: ddim_ode.sample(FIELD, n=2, steps=5, grid=[3.0, 1.0, 0.0]), ValueError, "steps = 5 contradicts"),
         (lambda: ddim_ode.sample(FIELD, n=2, nfe=1, grid=[3.0, 1.0, 0.0]), ValueError, "does not pay for the 2 steps"),
         (lambda: ddim_ode.sample(FIELD, n=2, grid="karas"), ValueError, "did you mean karras"),
         (lambda: ddim_ode.sample(FIELD, n=2, solver="dpmpp4m"), ValueError, "did you mean dpmpp"),
         (lambda: ddim_ode.sample(FIELD, n=2, batch_size=0), ValueError, "batch_size"),
+        (lambda: ddim_ode.sample(FIELD, n=2, nfe=float("nan")), ValueError, "nfe must be a whole number"),
+        (lambda: ddim_ode.sample(FIELD, n=2, nfe=[5]), ValueError, "nfe must be a whole number"),
+        (lambda: ddim_ode.sample(FIELD, n=2, dtype=torch.int32), TypeError, "floating dtype"),
         (lambda: ddim_ode.sample(EXACT, n=2), TypeError, "EpsilonField"),
         (lambda: ddim_ode.sample(EpsilonField(torch.sin, LINEAR), n=2), ValueError, "shape"),
         (lambda: ddim_ode.sample(FIELD, LATENT[:, 0]), ValueError, r"latent must have shape \(B, 1, 8, 8\)"),

@@ -112,6 +112,18 @@ def test_sigma_loss_of_an_exact_model_is_known():
         assert loss == pytest.approx(variance / (variance + sigma**2), rel=0.03)
 
 
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"ema": 1.5}, {"cooldown": -0.1}])
+def test_bad_options_are_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        TrainingOptions(**bad)
+
+
+def test_a_rank_beyond_the_images_is_refused():
+    with pytest.raises(ValueError, match=r"rank must lie in \[0, 64\]"):
+        principal(IMAGES, 65)
+    assert principal(IMAGES, 0)[1].shape == (0,)
+
+
 def test_learning_rate_rises_holds_and_falls():
     options = TrainingOptions(steps=100, lr=1.0, warmup=10, cooldown=0.5)
     rates = [options.learning_rate(step) for step in range(100)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = ["EmpiricalEpsilon", "GaussianEpsilon", "MixtureEpsilon"]
 
@@ -63,7 +64,9 @@ class GaussianEpsilon:
         """
         mean, variance, basis = self._placed.like(x_bar)
         turned = (x_bar.flatten(1) - mean) @ basis
-        moved = turned * ((variance + to * to) / (variance + sigma * sigma)).sqrt()
+        total = variance + sigma * sigma
+        # Where both vanish the data do not leave the mean, and nor does the solution.
+        moved = turned * torch.where(total > 0.0, ((variance + to * to) / total).sqrt(), torch.ones_like(total))
         return (mean + moved @ basis.T).reshape(x_bar.shape)
 
 
@@ -114,6 +117,8 @@ class MixtureEpsilon:
 
     def __call__(self, x_bar: Tensor, sigma: float) -> Tensor:
         """ε(x̄, σ): the components' exact ε, weighted by how likely each is to have made x̄."""
+        if sigma == 0.0:
+            return torch.zeros_like(x_bar)
         weights, means, variances, bases = self._placed.like(x_bar)
         flat = x_bar.flatten(1)
         turned = [(flat - m) @ u for m, u in zip(means, bases, strict=True)]
@@ -195,7 +200,10 @@ class _Placed:
     def like(self, x: Tensor) -> tuple[Tensor, ...]:
         key = (x.device, x.dtype)
         if key not in self.copies:
-            self.copies[key] = tuple(t.to(x.device, x.dtype) for t in self.tensors)
+            placed = tuple(t.to(x.device, x.dtype) for t in self.tensors)
+            if any(isinstance(t, FakeTensor) for t in placed):  # they must not outlive their mode
+                return placed
+            self.copies[key] = placed
         return self.copies[key]
 
 

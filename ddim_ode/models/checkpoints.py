@@ -56,7 +56,7 @@ def load(model: str | os.PathLike[str], *, device: str | torch.device = "cpu", *
     path = Path(model)
     if str(model) in bundled():
         path = _BUNDLED / f"{model}.safetensors"
-    elif not path.exists():
+    elif not path.is_file():
         raise FileNotFoundError(
             f"no model {str(model)!r}: it is neither a file nor a bundled network ({', '.join(bundled()) or 'none'})"
         )
@@ -96,7 +96,10 @@ def save_model(path: str | os.PathLike[str], network: nn.Module, description: di
         for name, tensor in network.state_dict().items()
     }
     with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors makes files that only their owner can read
         save_file(tensors, temporary, metadata={_KEY: json.dumps({"format": 1, **description})})
+        temporary.chmod(mode)
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -106,11 +109,17 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _read(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     tensors, description = _open(path)
-    network = build(description)
+    try:
+        network = build(description)
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} does not describe a network this version can build: {error!r}") from error
     wanted = network.state_dict()
     missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or extra:
         raise ValueError(f"{path} does not fit the network it describes: missing {missing[:3]}, unknown {extra[:3]}")
+    odd = [name for name, tensor in tensors.items() if tensor.shape != wanted[name].shape]
+    if odd:
+        raise ValueError(f"{path} does not fit the network it describes: other shapes in {odd[:3]}")
     network.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()})
     return network.eval().requires_grad_(False), description
 
@@ -128,7 +137,10 @@ def _open(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise ValueError(
             f"{path} holds weights that this package did not write: it has no {_KEY!r} entry in its metadata"
         )
-    description = json.loads(metadata[_KEY])
+    try:
+        description = json.loads(metadata[_KEY])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} does not say what it holds: its metadata is not JSON ({error})") from error
     if description.get("format") != 1:
         raise ValueError(
             f"{path} has format {description.get('format')!r}, and this version reads format 1: update ddim_ode"

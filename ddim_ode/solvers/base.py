@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddim_ode.grid import Grid
+from ddim_ode.grid import Grid, whole
 from ddim_ode.schedule import NoiseSchedule
 
 __all__ = ["Clock", "Solver", "arctan", "asinh", "clock"]
@@ -163,11 +163,11 @@ class Solver(ABC):
         ValueError
             If it does not pay for one.
         """
-        if isinstance(nfe, bool) or int(nfe) != nfe:
-            raise ValueError(f"nfe must be a whole number of model calls, but got {nfe!r}")
-        steps = 0
-        while self.nfe(steps + 1) <= nfe:
-            steps += 1
+        nfe = whole(nfe, "nfe", 0)
+        # A start may cost more than its share, never less: no more than this many steps, and seldom fewer by much.
+        steps = nfe // self.nfe_per_step
+        while steps > 0 and self.nfe(steps) > nfe:
+            steps -= 1
         if steps == 0:
             raise ValueError(f"nfe = {nfe} does not pay for one step of {self.name}, which takes {self.nfe(1)} calls")
         return steps

@@ -13,6 +13,7 @@ depend on the grid alone; they are worked out once, in float64, by a double-expo
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ddim_ode.grid import Grid
 from ddim_ode.solvers.base import Clock, Field, Solver, clock
@@ -60,6 +62,9 @@ class Linear(ABC):
     @abstractmethod
     def advance(self, x_bar: Tensor, propagator: Any, weights: tuple[Any, ...], stored: tuple[Tensor, ...]) -> Tensor:
         """P x̄ + Σ w_j z_j."""
+
+    def check(self, x_bar: Tensor) -> None:  # noqa: B027  (most fit all)
+        """Refuse states that this part does not fit, before any model call."""
 
     def place(self, value: Array, like: Tensor) -> Any:
         """A propagator or weight over directions, as a tensor."""
@@ -116,7 +121,7 @@ class Gaussian(Linear):
     Parameters
     ----------
     mean : Tensor
-        μ, (\*d) or anything that broadcasts to it.
+        μ, (\*d) or a scalar.
     variance : Tensor
         λ > 0: a scalar (isotropic), (\*d) (diagonal), or (D,) with a basis, D the product of d.
     basis : Tensor, optional
@@ -146,7 +151,7 @@ class Gaussian(Linear):
                     "basis must be (D, D) with variance (D,), but their shapes are "
                     f"{tuple(basis.shape)} and {tuple(variance.shape)}"
                 )
-            if float((basis.T @ basis - torch.eye(size, dtype=torch.float64)).abs().max()) > 1e-6:
+            if float((basis.T @ basis - torch.eye(size, dtype=torch.float64, device=basis.device)).abs().max()) > 1e-6:
                 raise ValueError("basis must be orthogonal, but its columns are not (to 1e-6)")
             object.__setattr__(self, "basis", basis)
 
@@ -161,11 +166,14 @@ class Gaussian(Linear):
 
     def _constants(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         key = (like.device, like.dtype)
-        if key not in self._placed:  # type: ignore[attr-defined]
-            self._placed[key] = tuple(  # type: ignore[attr-defined]
-                None if x is None else x.to(like.device, like.dtype) for x in (self.mean, self.variance, self.basis)
-            )
-        return self._placed[key]  # type: ignore[attr-defined]
+        if key in self._placed:  # type: ignore[attr-defined]
+            return self._placed[key]  # type: ignore[attr-defined]
+        placed = tuple(
+            None if x is None else x.to(like.device, like.dtype) for x in (self.mean, self.variance, self.basis)
+        )
+        if not any(isinstance(x, FakeTensor) for x in placed):  # fake tensors must not outlive their mode
+            self._placed[key] = placed  # type: ignore[attr-defined]
+        return placed  # type: ignore[return-value]
 
     def _turn(self, x: Tensor, basis: Tensor | None) -> Tensor:
         return x if basis is None else x.flatten(1) @ basis
@@ -174,6 +182,19 @@ class Gaussian(Linear):
         mean, variance, basis = self._constants(x_bar)
         pull = sigma / (variance + sigma * sigma)
         return self._turn(eps, basis) - pull * self._turn(x_bar - mean, basis)
+
+    def check(self, x_bar: Tensor) -> None:
+        shape, size = x_bar.shape[1:], math.prod(x_bar.shape[1:])
+        whole = self.mean.ndim == 0 or self.mean.shape == shape
+        if self.basis is None:
+            whole = whole and (self.variance.ndim == 0 or self.variance.shape == shape)
+        else:
+            whole = whole and self.basis.shape[0] == size
+        if not whole:
+            raise ValueError(
+                f"the Gaussian part must fit samples of shape {tuple(shape)}, but its mean is {tuple(self.mean.shape)} and its "
+                f"variance {tuple(self.variance.shape)}"
+            )
 
     def advance(self, x_bar: Tensor, propagator: Any, weights: tuple[Any, ...], stored: tuple[Tensor, ...]) -> Tensor:
         mean, _, basis = self._constants(x_bar)
@@ -265,7 +286,7 @@ class Multistep(Solver):
     source: str = "the multistep family, docs/solvers.md"
 
     def __post_init__(self) -> None:
-        if self.k not in (1, 2, 3, 4):
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or not 1 <= self.k <= 4:
             raise ValueError(f"k, the order of a multistep member, must be 1, 2, 3 or 4, but got {self.k!r}")
         if self.start not in ("ramp", "rk"):
             raise ValueError(f'start must be "ramp" or "rk", but got {self.start!r}')
@@ -312,6 +333,7 @@ class Multistep(Solver):
         return _plan(self, grid)
 
     def init(self, field: Field, x_bar: Tensor, grid: Grid) -> _State:
+        self.linear.check(x_bar)
         plan = self.plan(grid)
         if self.linear.directed:
             place = partial(self.linear.place, like=x_bar)
