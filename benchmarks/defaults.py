@@ -142,11 +142,11 @@ def main() -> None:
     """Measure, record, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder for defaults.json")
-    parser.add_argument("--gain-only", action="store_true", help="keep the recorded choice; measure the gain anew")
+    parser.add_argument("--gain-only", action="store_true", help="keep the recorded choice, if any; measure the gain anew")
     options = parser.parse_args()
     path = output_folder(options.out) / "defaults.json"
     if options.gain_only:
-        record = json.loads(path.read_text("utf-8"))
+        record = json.loads(path.read_text("utf-8")) if path.exists() else {}
     else:
         record = choose({name: problem(name, n, seed=1) for name, n in PROBLEMS.items()})
     held_out = {name: problem(name, n, seed=2) for name, n in PROBLEMS.items()}
@@ -156,7 +156,7 @@ def main() -> None:
     record = circumstances(dtype=torch.float64) | record
     record |= {"study": "defaults", "problems": PROBLEMS, "defaults": DEFAULTS, "gain_circumstances": circumstances()}
     write_json(path, record)
-    for direction, best in record["ranking"].items():
+    for direction, best in record.get("ranking", {}).items():
         print(f"\n{direction}: score, solver, grid")
         for row in best[:8]:
             print(f"  {row['score']:6.2f}  {row['solver']:<22}{row['grid']}")

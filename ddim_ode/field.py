@@ -244,6 +244,7 @@ class EpsilonField:
             condition = torch.cat((null, condition))  # type: ignore[arg-type]
         label_dtype = torch.int64 if self.label == "nearest" else torch.promote_types(dtype, torch.float32)
         table: dict[float, tuple[float, Tensor, float, float]] = {}
+        parts, sigma_min = PREDICTIONS[self.prediction], self.schedule.sigma_min
 
         def learn(levels: Iterable[float]) -> None:
             values = np.fromiter(levels, dtype=np.float64)
@@ -255,7 +256,7 @@ class EpsilonField:
             columns = columns.repeat(1, 2 * batch if doubled else batch)
             for sigma, t in zip(values.tolist(), columns.unbind(), strict=True):
                 # A network's σ is never below its first trained level: see the class's notes.
-                a, b = PREDICTIONS[self.prediction](max(sigma, self.schedule.sigma_min))
+                a, b = parts(max(sigma, sigma_min))
                 table[sigma] = ((1.0 + sigma * sigma) ** -0.5, t, a, b)
 
         learn(sigmas)
