@@ -142,7 +142,9 @@ def main() -> None:
     """Measure, record, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder for defaults.json")
-    parser.add_argument("--gain-only", action="store_true", help="keep the recorded choice, if any; measure the gain anew")
+    parser.add_argument(
+        "--gain-only", action="store_true", help="keep the recorded choice, if any; measure the gain anew"
+    )
     options = parser.parse_args()
     path = output_folder(options.out) / "defaults.json"
     if options.gain_only:
