@@ -4,7 +4,7 @@ from ddim_ode.field import EpsilonField
 from ddim_ode.grid import Grid, grids
 from ddim_ode.integrate import integrate
 from ddim_ode.models.checkpoints import load
-from ddim_ode.sampling import RoundTrip, decode, encode, interpolate, noise, round_trip, sample, slerp
+from ddim_ode.sampling import LatentWarning, RoundTrip, decode, encode, interpolate, noise, round_trip, sample, slerp
 from ddim_ode.schedule import NoiseSchedule
 from ddim_ode.solution import Solution, Status, Step
 from ddim_ode.solvers import (
@@ -21,7 +21,7 @@ from ddim_ode.solvers import (
 )
 
 __all__ = [
-    "DATA", "NOISE", "Clock", "EpsilonField", "Gaussian", "Grid", "Linear", "Multistep", "NoiseSchedule", "RoundTrip",
+    "DATA", "NOISE", "Clock", "EpsilonField", "Gaussian", "Grid", "LatentWarning", "Linear", "Multistep", "NoiseSchedule", "RoundTrip",
     "RungeKutta", "Solution", "Solver", "Status", "Step", "Tableau", "decode", "encode", "grids", "integrate",
     "interpolate", "load", "noise", "round_trip", "sample", "slerp", "solvers",
 ]  # fmt: skip

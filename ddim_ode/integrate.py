@@ -91,8 +91,15 @@ def _run(
     rows: slice | Tensor | None,
 ) -> Solution:
     nodes = grid.sigmas.tolist()
-    evaluate = field.bind(start, solver.stages(grid), rows)
-    calls = field.nfe
+    bound = field.bind(start, solver.stages(grid), rows)
+    calls = 0
+
+    def evaluate(x_bar: Tensor, sigma: float) -> Tensor:
+        # Counted here: others may be using the field at the same time, a callback for one.
+        nonlocal calls
+        calls += 1
+        return bound(x_bar, sigma)
+
     states = [start] if trajectory else None
     x_bar, state = start, solver.init(evaluate, start, grid)
     steps: Any = range(grid.steps)
@@ -103,9 +110,8 @@ def _run(
         if states is not None:
             states.append(x_bar)
         if callback is not None:
-            callback(Step(n, nodes[n], nodes[n + 1], x_bar, field.nfe - calls))
+            callback(Step(n, nodes[n], nodes[n + 1], x_bar, calls))
 
-    calls = field.nfe - calls
     if x_bar is start:  # a run that made no step of its own must still not hand the caller's tensor back
         x_bar = start.clone()
     count = start.shape[0]

@@ -21,7 +21,18 @@ from ddim_ode.metrics import mse
 from ddim_ode.solution import Solution, Status, Step
 from ddim_ode.solvers import Solver, get
 
-__all__ = ["DEFAULTS", "RoundTrip", "decode", "encode", "interpolate", "noise", "round_trip", "sample", "slerp"]
+__all__ = [
+    "DEFAULTS",
+    "LatentWarning",
+    "RoundTrip",
+    "decode",
+    "encode",
+    "interpolate",
+    "noise",
+    "round_trip",
+    "sample",
+    "slerp",
+]
 
 #: The pair of solver and grid that benchmarks/defaults.py measured most accurate per call, by direction.
 DEFAULTS = {"sample": ("deisx4", "quadratic"), "encode": ("deisx2", "asinh")}
@@ -115,7 +126,7 @@ def sample(
 
     Warns
     -----
-    UserWarning
+    LatentWarning
         If a latent's spread is far from a unit Gaussian's, as an image's is.
     """
     method, nodes = _plan(field, "sample", solver, grid, steps, nfe)

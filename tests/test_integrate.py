@@ -96,6 +96,14 @@ def test_callbacks_see_every_step():
     assert [step.nfe for step in steps] == list(range(2, 18, 2))
 
 
+def test_calls_are_those_of_the_run_alone():
+    def other(step):
+        integrate(FIELD, X, SIGMAS, "rk4")
+        FIELD.nfe = 0
+
+    assert integrate(FIELD, X, SIGMAS, "heun", callback=other).nfe == 16
+
+
 def test_the_states_dtype_is_kept_or_chosen():
     assert integrate(FIELD, X.float(), SIGMAS, "ab3").x_bar.dtype == torch.float32
     assert integrate(FIELD, X.float(), SIGMAS, "ab3", dtype=torch.float64).x_bar.dtype == torch.float64
