@@ -29,7 +29,7 @@ bench-defaults: .venv/dev           ## which solver and grid are the defaults, a
 bench-network: .venv/dev            ## the bundled network's loss beside the mixture's: about half an hour
 	$(BIN)/python -m benchmarks.network_loss
 
-train: .venv/base                   ## train the bundled network again: about two hours; resumes
+train: .venv/base                   ## train the bundled network again: about half an hour; resumes
 	$(BIN)/ddim-ode train --data fashion-mnist --out out/fashion-mnist $(shell cat ddim_ode/models/bundled/fashion-mnist.options)
 
 clean:

@@ -34,7 +34,7 @@ __all__ = [
     "slerp",
 ]
 
-#: The pair of solver and grid that benchmarks/defaults.py measured most accurate per call, by direction.
+#: The pair of solver and grid measured most accurate per call, by direction: benchmarks/defaults.py, docs/solvers.md.
 DEFAULTS = {"sample": ("deisx4", "quadratic"), "encode": ("deisx2", "asinh")}
 
 #: Model calls when neither `steps` nor `nfe` is given.
