@@ -26,7 +26,7 @@ from ddim_ode.files import output_folder, to_json, write_json
 from ddim_ode.grid import Grid, grids
 from ddim_ode.models.checkpoints import build, bundled, load, save_model
 from ddim_ode.models.unet import GaussianResidual
-from ddim_ode.sampling import DEFAULTS, decode, encode, interpolate, noise, round_trip, sample
+from ddim_ode.sampling import DEFAULTS, decode, encode, interpolate, noise, plan, round_trip, sample
 from ddim_ode.schedule import NoiseSchedule
 from ddim_ode.solution import Solution, Status
 from ddim_ode.solvers import get, solvers
@@ -127,52 +127,43 @@ def _print_comparison(record: dict[str, Any]) -> None:
 
 def _sample(o: argparse.Namespace) -> int:
     field = _field(o)
-    latent = None if o.latent is None else _latent(o, field)
+    if o.latent is None:
+        latent = noise(_shape(field), 16 if o.n is None else o.n, o.seed).to(field.device or "cpu")
+    else:
+        latent = _latent(o, field)
+    options = _run_options(o, field, "sample")
     _check_ending(o.out, _shape(field))
-    count = o.n if latent is not None or o.n is not None else 16
-    run = sample(field, latent, n=count, seed=o.seed, **_run_options(o))
+    run = sample(field, latent, n=o.n, **options)
     data.write_images(o.out, run.x)
-    return _report(o, {"sample": run})
+    return _report(o, field, {"sample": run})
 
 
 def _decode(o: argparse.Namespace) -> int:
     field = _field(o)
-    latent = _latent(o, field)
+    latent, options = _latent(o, field), _run_options(o, field, "sample")
     _check_ending(o.out, _shape(field))
-    run = decode(field, latent, **_run_options(o))
+    run = decode(field, latent, **options)
     data.write_images(o.out, run.x)
-    return _report(o, {"decode": run})
+    return _report(o, field, {"decode": run})
 
 
 def _encode(o: argparse.Namespace) -> int:
     field = _field(o)
-    images = _images(o, field, None)
-    if Path(o.out).suffix not in (".npz", ".npy"):
-        raise ValueError(f"--out {o.out}: latents are written as .npz or .npy")
-    output_folder(Path(o.out).parent)
-    run = encode(field, images, **_run_options(o))
+    images, options = _images(o, field, None), _run_options(o, field, "encode")
+    _check_ending(o.out, None)
+    run = encode(field, images, **options)
     data.write_array(o.out, run.x, "latent")
-    return _report(o, {"encode": run})
+    return _report(o, field, {"encode": run})
 
 
 def _reconstruct(o: argparse.Namespace) -> int:
     field = _field(o)
-    images = _images(o, field, None)
+    images, options = _images(o, field, None), _run_options(o, field, "encode", "sample")
     out = output_folder(o.out)
-    trip = round_trip(field, images, **_run_options(o))
-    directions = {
-        direction: {
-            "solver": o.solver or DEFAULTS[direction][0],
-            "grid": run.grid.name,
-            "steps": run.grid.steps,
-            "nfe": run.nfe,
-        }
-        for direction, run in (("encode", trip.encoding), ("sample", trip.decoding))
-    }
-    record = {"command": "reconstruct", "model": o.model, "nfe": trip.nfe} | directions
-    record |= circumstances(field, _DTYPES[o.dtype])
-    record |= {"mse": trip.mse.tolist(), "mean_mse": float(trip.mse.mean()), "status": [s.name for s in trip.status]}
-    write_json(out / "results.json", record)
+    trip = round_trip(field, images, **options)
+    runs, mean = {"encode": trip.encoding, "decode": trip.decoding}, float(trip.mse.mean())
+    found = {"mse": trip.mse.tolist(), "mean_mse": mean, "status": [s.name for s in trip.status]}
+    write_json(out / "results.json", _record(o, field, runs) | found)
     data.write_images(out / "reconstructions.npz", trip.reconstruction)
     data.write_array(out / "latents.npz", trip.latent, "latent")
     if images.ndim == 4 and images.shape[1] in (1, 3):
@@ -183,28 +174,29 @@ def _reconstruct(o: argparse.Namespace) -> int:
             ("reconstruction", [trip.reconstruction[:shown]]),
             ("difference × 10", [10.0 * (trip.reconstruction - images)[:shown]]),
         ]
-        title = f"{trip.nfe} calls, mean MSE {record['mean_mse']:.2e}"
+        title = f"{trip.nfe} calls, mean MSE {mean:.2e}"
         plotting.save_figure(plotting.sheet_figure(rows, [""], title), out / "reconstructions.png")
-    return _report(
-        o, {"encode": trip.encoding, "decode": trip.decoding}, record, f"mean MSE on [0, 1]: {record['mean_mse']:.3e}"
-    )
+    return _report(o, field, runs, found, f"mean MSE on [0, 1]: {mean:.3e}")
 
 
 def _interpolate(o: argparse.Namespace) -> int:
     field = _field(o)
-    _check_ending(o.out, _shape(field))
     runs: dict[str, Solution] = {}
     if o.images is None:
+        options = _run_options(o, field, "sample")
+        _check_ending(o.out, _shape(field))
         ends = noise(_shape(field), 2 * o.pairs, o.seed).to(field.device or "cpu")
     else:
         images = _images(o, field, None)
         if len(images) < 2 * o.pairs:
             raise ValueError(f"--pairs {o.pairs} needs {2 * o.pairs} images, but {o.images} holds {len(images)}")
-        runs["encode"] = encode(field, images[: 2 * o.pairs], **_run_options(o))
+        options = _run_options(o, field, "encode", "sample")
+        _check_ending(o.out, _shape(field))
+        runs["encode"] = encode(field, images[: 2 * o.pairs], **options)
         ends = runs["encode"].x
-    run = interpolate(field, ends[0::2], ends[1::2], o.points, **_run_options(o))
+    run = interpolate(field, ends[0::2], ends[1::2], o.points, **options)
     data.write_images(o.out, run.x, columns=o.points)
-    return _report(o, runs | {"interpolate": run})
+    return _report(o, field, runs | {"interpolate": run})
 
 
 def _train(o: argparse.Namespace) -> int:
@@ -308,7 +300,10 @@ def _shape(field: EpsilonField) -> tuple[int, ...]:
     return field.shape
 
 
-def _run_options(o: argparse.Namespace) -> dict[str, Any]:
+def _run_options(o: argparse.Namespace, field: EpsilonField, *directions: str) -> dict[str, Any]:
+    """What a run is asked to be; refused here, before a folder is made for it, if it cannot be."""
+    for direction in directions:
+        plan(field, direction, o.solver, o.grid, None, o.nfe)
     return {
         "nfe": o.nfe,
         "solver": o.solver,
@@ -325,7 +320,7 @@ def _images(o: argparse.Namespace, field: EpsilonField, count: int | None) -> Te
     shape = _shape(field)
     if images.shape[1:] != shape:
         raise ValueError(f"the images are {images.shape[1:]} (C, H, W), but the model takes {shape}")
-    return data.from_uint8(images[:count]).to(field.device or "cpu")
+    return data.as_tensor(images[:count]).to(field.device or "cpu")
 
 
 def _latent(o: argparse.Namespace, field: EpsilonField) -> Tensor:
@@ -336,30 +331,48 @@ def _latent(o: argparse.Namespace, field: EpsilonField) -> Tensor:
 
 
 def _dataset(name: str) -> Any:
-    return data.find_fashion_mnist("train") if name == "fashion-mnist" else data.read_images(name)
+    if name == "fashion-mnist":
+        return data.find_fashion_mnist("train")
+    return data.to_uint8(data.as_tensor(data.read_images(name)))
 
 
-def _check_ending(path: str, shape: tuple[int, ...]) -> None:
-    """Refuse an output that could not be written, before any work."""
+def _check_ending(path: str, shape: tuple[int, ...] | None) -> None:
+    """Refuse an output that could not be written, before any work; `shape` is that of an image, None for latents."""
     ending = Path(path).suffix
+    if shape is None and ending not in (".npz", ".npy"):
+        raise ValueError(f"--out {path}: latents are written as .npz or .npy")
     if ending not in (".png", ".npz", ".npy"):
         raise ValueError(f"--out {path}: images are written as .png (a sheet), .npz or .npy")
-    if ending == ".png" and (len(shape) != 3 or shape[0] not in (1, 3)):
+    if ending == ".png" and shape is not None and (len(shape) != 3 or shape[0] not in (1, 3)):
         raise ValueError(f"--out {path}: samples of shape {shape} are no picture; write .npz")
     if Path(path).is_dir():
         raise ValueError(f"--out {path}: that is a folder, and a file is to be written")
     output_folder(Path(path).parent)
 
 
+def _record(o: argparse.Namespace, field: EpsilonField, runs: dict[str, Solution]) -> dict[str, Any]:
+    """What was run, by what, where: plain data."""
+    record: dict[str, Any] = {"command": o.command, "model": o.model, "nfe": sum(run.nfe for run in runs.values())}
+    if "seed" in o:
+        record["seed"] = o.seed
+    for what, run in runs.items():
+        record[what] = {"solver": run.solver, "grid": run.grid.name, "steps": run.grid.steps, "nfe": run.nfe}
+    return record | circumstances(field, _DTYPES[o.dtype])
+
+
 def _report(
-    o: argparse.Namespace, runs: dict[str, Solution], record: dict[str, Any] | None = None, line: str | None = None
+    o: argparse.Namespace,
+    field: EpsilonField,
+    runs: dict[str, Solution],
+    found: dict[str, Any] | None = None,
+    line: str | None = None,
 ) -> int:
     failed = {what: [i for i, s in enumerate(run.status) if s is not Status.SUCCESS] for what, run in runs.items()}
     count = len(list(runs.values())[-1].status)
     calls = sum(run.nfe for run in runs.values())
     if o.json:
-        record = record or {"nfe": calls, "samples": count} | circumstances()
-        print(to_json(record | {"failed": failed, "out": str(o.out)}))
+        record = _record(o, field, runs) | (found or {})
+        print(to_json(record | {"samples": count, "failed": failed, "out": str(o.out)}))
     else:
         print(f"{count} samples, {calls} model calls: {o.out}" + (f"\n{line}" if line else ""))
     for what, which in failed.items():
@@ -391,7 +404,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=help, description=help)
-        made.set_defaults(run=run)
+        made.set_defaults(run=run, command=name)
         return made
 
     def model(p: argparse.ArgumentParser) -> None:
@@ -464,7 +477,11 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("train", _train, "Train a noise predictor by eq. 5; go on from where a run in --out stopped.")
     defaults = TrainingOptions()
-    p.add_argument("--data", default="fashion-mnist", help="fashion-mnist, or a folder, .npz, .npy or idx of images")
+    p.add_argument(
+        "--data",
+        default="fashion-mnist",
+        help="fashion-mnist, or a folder, .npz, .npy or idx of images; floats are rounded to 8 bits",
+    )
     p.add_argument("--out", default="out/train", help="folder (default: out/train)")
     p.add_argument("--device", default="cpu", help="where, such as cuda")
     p.add_argument("--schedule", default="linear", choices=("linear", "cosine"), help="noise schedule, T = 1000")

@@ -230,6 +230,8 @@ def _commit() -> str | None:
     """The commit of the checkout this package runs from, if it is one."""
     try:
         git = ["git", "-C", str(Path(__file__).parent)]
+        # An installed copy may lie inside the checkout of something else, which does not know this file.
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True, timeout=5)
         commit = subprocess.run(
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=5
         ).stdout.strip()

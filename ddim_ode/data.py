@@ -1,6 +1,7 @@
 """Images on disk: what the command line and the benchmarks read and write.
 
-Inside, images are uint8 (N, C, H, W) until a batch is made of them; outside they are floats in [−1, 1].
+Inside, images are uint8 (N, C, H, W) until a batch is made of them; outside they are floats in [−1, 1]. Images that
+come as floats, as decoded ones do, stay floats: rounding them would be a loss that nobody asked for.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from torch import Tensor
 from ddim_ode.files import replacing
 
 __all__ = [
+    "as_tensor",
     "bundled_images",
     "find_fashion_mnist",
-    "from_uint8",
     "read_array",
     "read_images",
     "to_uint8",
@@ -32,14 +33,16 @@ __all__ = [
 ]
 
 Uint8 = NDArray[np.uint8]
+Images = NDArray[Any]  # uint8, or floats in [−1, 1]
 
 #: Where Debian's package ``dataset-fashion-mnist`` puts its four files.
 _FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
-def from_uint8(images: Uint8, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Images 0…255 as a tensor in [−1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).to(dtype) / 127.5 - 1.0
+def as_tensor(images: Images, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Images 0…255 (uint8) as a tensor in [−1, 1]; floats in [−1, 1] become a tensor as they are, in their own dtype."""
+    tensor = torch.from_numpy(np.ascontiguousarray(images))
+    return tensor.to(dtype) / 127.5 - 1.0 if tensor.dtype == torch.uint8 else tensor
 
 
 def to_uint8(images: Tensor) -> Uint8:
@@ -80,14 +83,14 @@ def find_fashion_mnist(split: str = "train") -> Uint8:
     return read_images(path)
 
 
-def read_images(path: str | os.PathLike[str]) -> Uint8:
-    """Images from a file or folder, as uint8 (N, C, H, W).
+def read_images(path: str | os.PathLike[str]) -> Images:
+    """Images from a file or folder, (N, C, H, W): uint8, or floats in [−1, 1] from an array that holds floats.
 
     Parameters
     ----------
     path : path
         A PNG (or other picture file), a folder of them, an ``.npy`` or ``.npz`` array, or an idx file
-        (MNIST's format, gzipped or not). Arrays are uint8, or floats in [−1, 1]; of shape (N, H, W),
+        (MNIST's format, gzipped or not). Arrays are uint8 or floats in [−1, 1], of shape (N, H, W),
         (N, C, H, W) or (N, H, W, C) with 1 or 3 channels. An ``.npz`` holds them under ``images``, ``x`` or
         as its only array.
 
@@ -219,7 +222,7 @@ def _idx(path: Path) -> Uint8:
     )  # writable, as torch wants it
 
 
-def _as_images(array: NDArray[Any], path: Path) -> Uint8:
+def _as_images(array: NDArray[Any], path: Path) -> Images:
     if array.ndim == 3:
         array = array[:, None]
     if array.ndim == 4 and array.shape[1] not in (1, 3) and array.shape[3] in (1, 3):
@@ -235,5 +238,7 @@ def _as_images(array: NDArray[Any], path: Path) -> Uint8:
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"{path} must hold uint8, or floats in [-1, 1], but its dtype is {array.dtype}")
     if not np.abs(array).max() <= 1.0 + 1e-3:
-        raise ValueError(f"{path} must hold floats in [-1, 1], but they span {array.min():.4g}…{array.max():.4g}")
-    return to_uint8(torch.from_numpy(np.ascontiguousarray(array)))
+        raise ValueError(
+            f"{path} must hold floats in [-1, 1], but they span {array.min():.4g}…{array.max():.4g}: clip or scale them"
+        )
+    return array

@@ -162,19 +162,30 @@ class EpsilonField:
         self.model = model
         shape = shape if shape is not None else getattr(model, "shape", None)
         self.shape = None if shape is None else tuple(int(n) for n in shape)
-        first = None
-        if isinstance(model, nn.Module):
-            first = next((p for p in model.parameters() if p.is_floating_point()), None)
-            if model.training and any(
-                isinstance(m, (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)) for m in model.modules()
-            ):
+        self._dtype = dtype
+        if isinstance(model, nn.Module) and model.training:
+            stochastic = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+            if any(isinstance(m, stochastic) for m in model.modules()):
                 warnings.warn(
                     "the model is in training mode and has dropout or batch norm: call model.eval() first", stacklevel=3
                 )
-        #: What the model computes in; None: whatever the state is in.
-        self.dtype = dtype if dtype is not None else (None if first is None else first.dtype)
-        #: Where the model lives; None: wherever the state is.
-        self.device = None if first is None else first.device
+
+    def _parameter(self) -> Tensor | None:
+        if not isinstance(self.model, nn.Module):
+            return None
+        return next((p for p in self.model.parameters() if p.is_floating_point()), None)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What the model computes in; None: whatever the state is in."""
+        parameter = self._parameter()
+        return self._dtype or (None if parameter is None else parameter.dtype)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the model lives now; None: wherever the state is."""
+        parameter = self._parameter()
+        return None if parameter is None else parameter.device
 
     def __repr__(self) -> str:
         what = type(self.model).__name__ if not hasattr(self.model, "__name__") else self.model.__name__

@@ -6,31 +6,22 @@ A grid is made once and used by every solver in both directions; no step ever de
 from __future__ import annotations
 
 import difflib
-import operator
+import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ddim_ode.schedule import NoiseSchedule
+from ddim_ode.schedule import NoiseSchedule, whole
 
 __all__ = ["Grid", "grids"]
 
 Array = NDArray[np.float64]
-
-
-def whole(value: Any, name: str, least: int = 1) -> int:
-    """A whole number of at least `least`, or a ValueError that names it."""
-    try:
-        number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
-    except TypeError:
-        number = least - 1
-    if isinstance(value, bool) or number < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, but got {value!r}")
-    return number
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,10 +142,15 @@ class Grid:
             hint = f"did you mean {' or '.join(close)}? " if close else ""
             raise ValueError(f"unknown grid {name!r}: {hint}known grids are {', '.join(_RULES)}")
         steps = whole(steps, "steps")
-        try:
-            sigmas = _RULES[name](schedule, steps, **options)
-        except TypeError:
-            raise ValueError(f"grid {name!r} does not take the options {sorted(options)}") from None
+        known = list(inspect.signature(_RULES[name]).parameters)[2:]
+        for option, value in options.items():
+            if option not in known:
+                raise ValueError(
+                    f"grid {name!r} does not take the option {option!r}: it has {', '.join(known) or 'none'}"
+                )
+            if not isinstance(value, Real) or not 0.0 < float(value) < math.inf:
+                raise ValueError(f"{option} must be a positive number, but got {value!r}")
+        sigmas = _RULES[name](schedule, steps, **options)
         return Grid(np.append(sigmas, 0.0), schedule, name)
 
 
@@ -211,8 +207,6 @@ def _to_sigma_min(
 
 
 def _karras(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> Array:
-    if not rho > 0.0:
-        raise ValueError(f"rho must be positive, but got {rho}")
     return _to_sigma_min(schedule, steps, lambda s: s ** (1.0 / rho), lambda u: u**rho)
 
 
@@ -231,8 +225,6 @@ def _arctan(schedule: NoiseSchedule, steps: int, c: float = 1.0) -> Array:
 def _down_to_zero(
     schedule: NoiseSchedule, steps: int, c: float, clock: Callable[[Any], Any], inverse: Callable[[Any], Any]
 ) -> Array:
-    if not c > 0.0:
-        raise ValueError(f"c must be positive, but got {c}")
     sigmas = c * inverse(clock(schedule.sigma_max / c) * np.arange(steps, 0.0, -1.0) / steps)
     sigmas[0] = schedule.sigma_max
     return sigmas

@@ -52,7 +52,7 @@ def integrate(
     trajectory : bool
         Keep the states at all nodes.
     rows : slice or Tensor, optional
-        Which rows of the field's conditions the batch stands for.
+        Which rows of the field's conditions, and which samples for a callback, the batch stands for.
 
     Returns
     -------
@@ -110,7 +110,7 @@ def _run(
         if states is not None:
             states.append(x_bar)
         if callback is not None:
-            callback(Step(n, nodes[n], nodes[n + 1], x_bar, calls))
+            callback(Step(n, nodes[n], nodes[n + 1], x_bar, calls, rows))
 
     if x_bar is start:  # a run that made no step of its own must still not hand the caller's tensor back
         x_bar = start.clone()
@@ -123,7 +123,8 @@ def _run(
             x_bar[failed], sigmas = _last_finite(field, start[failed], grid, solver, _subset(rows, failed))
             for i, sigma in zip(failed.tolist(), sigmas, strict=True):
                 reached[i], status[i] = sigma, Status.NONFINITE
-    return Solution(x_bar, tuple(reached), grid, calls, tuple(status), None if states is None else torch.stack(states))
+    kept = None if states is None else torch.stack(states)
+    return Solution(x_bar, tuple(reached), solver.name, grid, calls, tuple(status), kept)
 
 
 def _last_finite(

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ddim_ode.field import EpsilonField
-from ddim_ode.grid import Grid, whole
+from ddim_ode.grid import Grid
 from ddim_ode.integrate import check_state, integrate, to_dtype
 from ddim_ode.metrics import mse
+from ddim_ode.schedule import whole
 from ddim_ode.solution import Solution, Status, Step
 from ddim_ode.solvers import Solver, get
 
@@ -29,6 +30,7 @@ __all__ = [
     "encode",
     "interpolate",
     "noise",
+    "plan",
     "round_trip",
     "sample",
     "slerp",
@@ -129,7 +131,7 @@ def sample(
     LatentWarning
         If a latent's spread is far from a unit Gaussian's, as an image's is.
     """
-    method, nodes = _plan(field, "sample", solver, grid, steps, nfe)
+    method, nodes = plan(field, "sample", solver, grid, steps, nfe)
     if latent is None:
         if n is None:
             raise ValueError("sample needs latents: give latent=, or n= to draw some")
@@ -188,7 +190,7 @@ def encode(
     ValueError, TypeError
         If an argument cannot be used, before any model call.
     """
-    method, nodes = _plan(field, "encode", solver, grid, steps, nfe)
+    method, nodes = plan(field, "encode", solver, grid, steps, nfe)
     check_state(field, images, "images")
     _check_range(images, data_range)
     start = to_dtype(images, dtype, nodes.sigmas[-1]) * math.sqrt(1.0 + nodes.sigmas[0] ** 2)
@@ -295,9 +297,19 @@ def slerp(a: Tensor, b: Tensor, fraction: float) -> Tensor:
         (B, \*d); θ is the angle between them as vectors.
     fraction : float
         f: 0 gives a, 1 gives b.
+
+    Raises
+    ------
+    ValueError
+        If two latents point in opposite directions: no path between them is the shortest.
     """
     flat_a, flat_b = a.flatten(1), b.flatten(1)
     cosine = (flat_a * flat_b).sum(1) / (flat_a.norm(dim=1) * flat_b.norm(dim=1))
+    if not isinstance(cosine, FakeTensor) and bool((cosine < -1.0 + 1e-12).any()):
+        i = int(cosine.argmin())
+        raise ValueError(
+            f"a[{i}] and b[{i}] point in opposite directions, and every great circle joins them: go by a third latent"
+        )
     theta = torch.arccos(cosine.clamp(-1.0, 1.0)).reshape(-1, *(1,) * (a.ndim - 1))
     sine = torch.sin(theta)
     straight = sine < 1e-6  # the two point the same way: the path is a line
@@ -340,7 +352,7 @@ class LatentWarning(UserWarning):
     """A latent does not look like a draw from a unit Gaussian."""
 
 
-def _plan(
+def plan(
     field: EpsilonField,
     direction: str,
     solver: str | Solver | None,
@@ -348,6 +360,10 @@ def _plan(
     steps: int | None,
     nfe: int | None,
 ) -> tuple[Solver, Grid]:
+    """The solver and the grid of a run in `direction`, ``"sample"`` or ``"encode"``, from what its caller named.
+
+    The other arguments, and what is refused, are as for :func:`sample`.
+    """
     if not isinstance(field, EpsilonField):
         raise TypeError(
             f"field must be an EpsilonField, but got {type(field).__name__}: wrap a network as EpsilonField(model, schedule)"

@@ -12,6 +12,7 @@ inverse, and the number a network expects as its time label. All of it is float6
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from typing import Any, overload
 
@@ -22,6 +23,17 @@ from scipy.interpolate import PchipInterpolator, make_interp_spline
 __all__ = ["NoiseSchedule"]
 
 Array = NDArray[np.float64]
+
+
+def whole(value: Any, name: str, least: int = 1) -> int:
+    """A whole number of at least `least`, or a ValueError that names it."""
+    try:
+        number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, but got {value!r}")
+    return number
 
 
 class NoiseSchedule(ABC):
@@ -187,6 +199,7 @@ class NoiseSchedule(ABC):
         ----------
         .. [1] Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", 2020.
         """
+        T, beta_start, beta_end = whole(T, "T", 2), float(beta_start), float(beta_end)
         betas = np.linspace(beta_start, beta_end, T)
         return _from_betas(betas, {"kind": "linear", "T": T, "beta_start": beta_start, "beta_end": beta_end})
 
@@ -201,7 +214,8 @@ class NoiseSchedule(ABC):
         beta_start, beta_end : float
             β_1 and β_T, both in (0, 1).
         """
-        betas = np.linspace(math.sqrt(beta_start), math.sqrt(beta_end), T) ** 2
+        T, beta_start, beta_end = whole(T, "T", 2), float(beta_start), float(beta_end)
+        betas = np.linspace(max(beta_start, 0.0) ** 0.5, max(beta_end, 0.0) ** 0.5, T) ** 2
         return _from_betas(betas, {"kind": "scaled_linear", "T": T, "beta_start": beta_start, "beta_end": beta_end})
 
     @staticmethod
@@ -221,6 +235,7 @@ class NoiseSchedule(ABC):
         ----------
         .. [1] Nichol, Dhariwal, "Improved Denoising Diffusion Probabilistic Models", 2021.
         """
+        T, s, max_beta = whole(T, "T", 2), float(s), float(max_beta)
         f = np.cos((np.arange(T + 1) / T + s) / (1 + s) * np.pi / 2) ** 2
         betas = np.minimum(1.0 - f[1:] / f[:-1], max_beta)
         return _from_betas(betas, {"kind": "cosine", "T": T, "s": s, "max_beta": max_beta})
@@ -262,7 +277,7 @@ class NoiseSchedule(ABC):
         ----------
         .. [1] Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", 2021.
         """
-        return _Continuous(beta_min, beta_max, t_min)
+        return _Continuous(float(beta_min), float(beta_max), float(t_min))
 
     @staticmethod
     def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoiseSchedule:
@@ -277,7 +292,7 @@ class NoiseSchedule(ABC):
         ----------
         .. [1] Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", 2022.
         """
-        return _SigmaIsTime(sigma_min, sigma_max)
+        return _SigmaIsTime(float(sigma_min), float(sigma_max))
 
     @staticmethod
     def from_config(config: dict[str, Any]) -> NoiseSchedule:
@@ -286,13 +301,16 @@ class NoiseSchedule(ABC):
         Raises
         ------
         ValueError
-            If the kind is not one of this class's makers.
+            If the kind is not one of this class's makers, or its arguments are not that maker's.
         """
         arguments = dict(config)
         kind = arguments.pop("kind", None)
         if kind not in _MAKERS:
             raise ValueError(f"config names the schedule kind {kind!r}; this version knows {', '.join(_MAKERS)}")
-        return getattr(NoiseSchedule, kind)(**arguments)
+        try:
+            return getattr(NoiseSchedule, kind)(**arguments)
+        except TypeError as error:
+            raise ValueError(f"config does not fit the schedule kind {kind!r}: {error}") from error
 
     # -- tables of a discrete schedule ----------------------------------------------------------
     @property

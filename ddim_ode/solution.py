@@ -35,6 +35,8 @@ class Step:
         The state at `sigma_next`, (B, \\*d). Do not change it in place.
     nfe : int
         Model calls of this run so far.
+    rows : slice, Tensor or None
+        Which samples of the whole call the batch stands for, if ``batch_size`` splits it; None: all.
     """
 
     index: int
@@ -42,6 +44,7 @@ class Step:
     sigma_next: float
     x_bar: Tensor
     nfe: int
+    rows: slice | Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +60,8 @@ class Solution:
         The state of eq. 14, (B, \*d), each sample at its own `sigma`.
     sigma : tuple of float
         The noise level each sample reached: the grid's last, unless the sample failed.
+    solver : str
+        The solver's name.
     grid : Grid
         The nodes visited.
     nfe : int
@@ -69,6 +74,7 @@ class Solution:
 
     x_bar: Tensor
     sigma: tuple[float, ...]
+    solver: str
     grid: Grid
     nfe: int
     status: tuple[Status, ...]
@@ -96,6 +102,7 @@ class Solution:
         return Solution(
             x_bar=torch.cat([part.x_bar for part in parts]),
             sigma=tuple(s for part in parts for s in part.sigma),
+            solver=parts[0].solver,
             grid=parts[0].grid,
             nfe=parts[0].nfe,
             status=tuple(s for part in parts for s in part.status),

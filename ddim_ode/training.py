@@ -24,10 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddim_ode.data import from_uint8
+from ddim_ode.data import as_tensor
 from ddim_ode.files import replacing
-from ddim_ode.grid import whole
-from ddim_ode.schedule import NoiseSchedule
+from ddim_ode.schedule import NoiseSchedule, whole
 
 __all__ = ["TrainingOptions", "sigma_loss", "spread", "train"]
 
@@ -137,16 +136,25 @@ def train(
     -------
     Module
         The moving average of the weights, in evaluation mode.
+
+    Raises
+    ------
+    ValueError
+        If `out` holds a run with other options (`steps` and `compile` may differ), or `schedule` is continuous.
     """
     whole(save_every, "save_every")
+    if not schedule.discrete:
+        raise ValueError(f"training needs a discrete schedule, but got {schedule!r}")
+    checkpoint, saved = out / "checkpoint.pt", None
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        _check_options(saved["options"], options, out)
     variance = spread(images)[1] ** 2
     network = network.to(device).train()
     average = copy.deepcopy(network).eval().requires_grad_(False)
     optimiser = torch.optim.AdamW(network.parameters(), lr=options.lr, weight_decay=0.0, betas=(0.9, 0.99))
-    checkpoint = out / "checkpoint.pt"
     step = 0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+    if saved is not None:
         network.load_state_dict(saved["network"])
         average.load_state_dict(saved["average"])
         optimiser.load_state_dict(saved["optimiser"])
@@ -187,6 +195,14 @@ def train(
                 on_save(average, step)
             losses, since = [], time.monotonic()
     return average
+
+
+def _check_options(before: dict[str, Any], options: TrainingOptions, out: Path) -> None:
+    """Refuse to go on with a run under other options than its own; more steps, or a compiler, are no others."""
+    changed = [k for k, v in asdict(options).items() if k not in ("steps", "compile") and before.get(k, v) != v]
+    if changed:
+        differences = ", ".join(f"{k} = {before[k]!r}, not {getattr(options, k)!r}" for k in changed)
+        raise ValueError(f"{out} holds a run with {differences}: give the same, or another folder")
 
 
 def spread(images: np.ndarray) -> tuple[Tensor, float]:
@@ -237,7 +253,7 @@ def _batch(
     rows = np.concatenate(
         [_order(count, options.seed, epoch) for epoch in range(first // count, (first + size - 1) // count + 1)]
     )
-    chosen = from_uint8(images[rows[first % count : first % count + size]])
+    chosen = as_tensor(images[rows[first % count : first % count + size]])
     random = torch.Generator().manual_seed(
         int(np.random.SeedSequence((options.seed, step)).generate_state(1, np.uint64)[0] >> 1)
     )
@@ -317,7 +333,7 @@ def sigma_loss(
     """
     totals = {float(sigma): 0.0 for sigma in sigmas}
     for start in range(0, len(images), batch_size):
-        x0 = from_uint8(images[start : start + batch_size], dtype).to(device)
+        x0 = as_tensor(images[start : start + batch_size], dtype).to(device)
         random = torch.Generator().manual_seed(
             int(np.random.SeedSequence((seed, start)).generate_state(1, np.uint64)[0] >> 1)
         )

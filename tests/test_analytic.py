@@ -1,5 +1,8 @@
 """The exact ε-models: how every solver is judged, so they are judged here."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -103,6 +106,26 @@ def test_a_mixture_is_read_from_a_file(tmp_path):
     torch.testing.assert_close(
         MixtureEpsilon.load(tmp_path / "m.npz")(X, 0.5), MixtureEpsilon(WEIGHTS, MEANS, COVARIANCES)(X, 0.5)
     )
+
+
+def test_sixty_thousand_images_need_one_chunk_of_memory():
+    images = torch.randint(0, 256, (60_000, 1, 28, 28), dtype=torch.uint8, generator=RANDOM)
+    exact = EmpiricalEpsilon(images, chunk=4096)
+    x_bar = images[[7, 59_999]].double() / 127.5 - 1.0 + 0.01
+    # Random images lie far apart: the nearest one is all there is.
+    torch.testing.assert_close(exact(x_bar, 0.1), torch.full_like(x_bar, 0.1), rtol=1e-9, atol=0)
+
+    # The peak of a process of its own, in KiB: all images at once would be 376 MB in float64, and copies of them.
+    script = """
+import resource, torch
+from ddim_ode.models.analytic import EmpiricalEpsilon
+exact = EmpiricalEpsilon(torch.zeros(60_000, 1, 28, 28, dtype=torch.uint8), chunk={chunk})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+exact(torch.zeros(2, 1, 28, 28, dtype=torch.float64), 20.0)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    run = [sys.executable, "-c", script.format(chunk=4096)]
+    assert int(subprocess.run(run, capture_output=True, text=True, check=True).stdout) < 250_000
 
 
 @pytest.mark.parametrize(

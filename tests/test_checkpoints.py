@@ -55,7 +55,7 @@ def test_a_file_gives_its_network_back(weights):
 
 def test_the_bundled_network_is_real():
     field = ddim_ode.load("fashion-mnist")
-    images = data.from_uint8(data.bundled_images()[:8])
+    images = data.as_tensor(data.bundled_images()[:8])
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     for sigma, bound in ((0.1, 0.4), (1.0, 0.08), (10.0, 0.004)):
         assert float((field(images + sigma * noise, sigma) - noise).square().mean()) < bound

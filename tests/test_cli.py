@@ -1,6 +1,8 @@
 """The command line, as scripts use it."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -57,11 +59,19 @@ def test_sample_encode_decode(model, images, tmp_path, capsys):
         assert sheet.size == (19, 19)
     assert main(["encode", *common, "--images", images, "--out", str(tmp_path / "z.npz")]) == 0
     assert main(["decode", *common, "--latent", str(tmp_path / "z.npz"), "--out", str(tmp_path / "d.npy")]) == 0
-    trip = ddim_ode.round_trip(field, data.from_uint8(data.read_images(images)), nfe=4)
+    trip = ddim_ode.round_trip(field, data.as_tensor(data.read_images(images)), nfe=4)
     np.testing.assert_allclose(np.load(tmp_path / "d.npy"), trip.reconstruction.numpy(), atol=1e-6)
     capsys.readouterr()
     assert main(["sample", *common, "--n", "2", "--json", "--out", str(tmp_path / "s.npz")]) == 0
-    assert json.loads(capsys.readouterr().out)["nfe"] == 4
+    record = json.loads(capsys.readouterr().out)
+    assert (record["command"], record["nfe"], record["seed"], record["samples"]) == ("sample", 4, 0, 2)
+    assert record["sample"] == {"solver": "deisx4", "grid": "quadratic", "steps": 4, "nfe": 4}
+    assert {"commit", "state_dtype", "network_dtype", "schedule", "threads"} <= record.keys()
+
+
+def test_it_is_a_module_too():
+    run = subprocess.run([sys.executable, "-m", "ddim_ode", "solvers"], capture_output=True, text=True, check=True)
+    assert "deis3" in run.stdout
 
 
 def test_reconstruct_and_interpolate(model, images, tmp_path):
@@ -97,6 +107,7 @@ def test_train_goes_on_where_it_stopped(tmp_path, images):
     assert ddim_ode.load(tmp_path / "t" / "model.safetensors").shape == (1, 8, 8)
     assert (tmp_path / "t" / "samples.png").exists()
     assert main([*common, "--steps", "4", "--blocks", "2"]) == 2
+    assert main([*common, "--steps", "6", "--lr", "1e-3"]) == 2
 
 
 def test_solvers_lists_them(capsys):
@@ -116,6 +127,8 @@ def test_solvers_lists_them(capsys):
         (["sample", "--out", "OUT/a.jpg"], "written as .png"),
         (["sample", "--n", "0"], "n must be a whole number"),
         (["encode", "--out", "OUT/z.png"], "latents are written as .npz or .npy"),
+        (["encode", "--solver", "abb3", "--out", "OUT/z.npz"], "did you mean ab3"),
+        (["reconstruct", "--nfe", "0", "--out", "OUT"], "does not pay for one step"),
         (["encode", "--images", "OUT/none"], "no such file"),
         (["encode", "--images", "IMAGES"], r"the model takes"),
         (["decode", "--latent", "IMAGES"], "is it an image"),
@@ -147,6 +160,7 @@ def test_bad_requests_are_refused_and_leave_nothing(arguments, says, images, tmp
     assert "Traceback" not in error
     written = [p for p in tmp_path.rglob("*") if p.is_file() and p.name not in ("file", "images.npz")]
     assert not written
+    assert not out.exists()
 
 
 def test_a_failed_sample_sets_the_exit_code(tmp_path, model, capsys, monkeypatch):

@@ -21,7 +21,7 @@ def idx(images):
 
 def test_uint8_survives_the_round_trip():
     every = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
-    unit = data.from_uint8(every)
+    unit = data.as_tensor(every)
     assert float(unit.min()) == -1.0
     assert float(unit.max()) == 1.0
     np.testing.assert_array_equal(data.to_uint8(unit), every)
@@ -40,9 +40,13 @@ def test_pictures_and_folders(tmp_path, images):
 @pytest.mark.parametrize("ending", ["npz", "npy"])
 @pytest.mark.parametrize("images", [GREY, COLOUR], ids=["grey", "colour"])
 def test_arrays(tmp_path, images, ending):
-    unit = data.from_uint8(images)
+    unit = data.as_tensor(images)
     data.write_images(tmp_path / f"a.{ending}", unit)
-    np.testing.assert_array_equal(data.read_images(tmp_path / f"a.{ending}"), images)
+    read = data.read_images(tmp_path / f"a.{ending}")
+    assert read.dtype == np.float32  # floats stay floats
+    np.testing.assert_array_equal(read, unit.numpy())
+    assert data.as_tensor(read.astype(np.float64)).dtype == torch.float64
+    np.testing.assert_array_equal(data.to_uint8(data.as_tensor(read)), images)
     np.save(tmp_path / "last.npy", images.transpose(0, 2, 3, 1))
     np.testing.assert_array_equal(data.read_images(tmp_path / "last.npy"), images)
     np.save(tmp_path / "flat.npy", GREY[:, 0])
@@ -64,7 +68,7 @@ def test_idx_files(tmp_path):
 
 
 def test_sheets(tmp_path):
-    data.write_images(tmp_path / "s.png", data.from_uint8(GREY), columns=2)
+    data.write_images(tmp_path / "s.png", data.as_tensor(GREY), columns=2)
     with Image.open(tmp_path / "s.png") as picture:
         sheet = np.asarray(picture)
     assert sheet.shape == (3 * 7 + 1, 2 * 8 + 1)

@@ -1,5 +1,7 @@
 """The one owner of scaling, labels, number formats, prediction types and guidance."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -159,7 +161,22 @@ def test_autocast_channels_last_and_compile():
     torch.testing.assert_close(cast, plain, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.slow
+def test_a_model_may_move_and_change_dtype_after_it_was_wrapped():
+    network = nn.Linear(4, 4)
+    model = type("Network", (nn.Module,), {"forward": lambda self, x, t: self.inner(x)})()
+    model.inner = network
+    field = EpsilonField(model, LINEAR)
+    assert (field.dtype, field.device) == (torch.float32, torch.device("cpu"))
+    model.double()
+    assert field.dtype == torch.float64
+    torch.testing.assert_close(field(X, 1.0), network(X / np.sqrt(2.0)), rtol=1e-14, atol=1e-14)
+    model.to("meta")
+    assert field.device == torch.device("meta")
+    assert EpsilonField(model, LINEAR, dtype=torch.float16).dtype == torch.float16
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # torch's own
 def test_compiled_networks_give_the_same():
     network = nn.Conv2d(2, 2, 3, padding=1)
     images = torch.randn(2, 2, 8, 8)

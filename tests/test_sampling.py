@@ -176,6 +176,21 @@ def test_an_image_passed_as_a_latent_is_warned_about():
         ddim_ode.sample(FIELD, ddim_ode.noise(SHAPE, 200, 3), nfe=1)
 
 
+def test_callbacks_are_told_which_samples_they_see():
+    seen = []
+    run = ddim_ode.sample(FIELD, n=5, steps=3, batch_size=2, callback=lambda step: seen.append((step.rows, step.x_bar)))
+    assert len(seen) == 9
+    for rows, x_bar in seen[2::3]:
+        torch.testing.assert_close(x_bar, run.x_bar[rows], rtol=0, atol=0)
+    ddim_ode.sample(FIELD, n=5, steps=1, callback=lambda step: seen.append(step.rows))
+    assert seen[-1] is None
+
+
+def test_a_run_says_which_solver_made_it():
+    assert ddim_ode.sample(FIELD, n=1, nfe=3).solver == ddim_ode.sampling.DEFAULTS["sample"][0]
+    assert ddim_ode.encode(FIELD, IMAGES, nfe=3, solver="ab3-rk", batch_size=1).solver == "ab3-rk"
+
+
 def test_float32_states():
     run = ddim_ode.sample(FIELD, LATENT, nfe=10, dtype=torch.float32)
     assert run.x.dtype == torch.float32
@@ -210,6 +225,7 @@ def test_float32_states():
         (lambda: ddim_ode.encode(FIELD, IMAGES.clone().fill_(torch.nan)), ValueError, "images must be finite"),
         (lambda: ddim_ode.interpolate(FIELD, LATENT, LATENT[:2]), ValueError, "one shape"),
         (lambda: ddim_ode.interpolate(FIELD, LATENT, LATENT, 1), ValueError, "at least 2"),
+        (lambda: ddim_ode.interpolate(FIELD, LATENT, -LATENT), ValueError, r"a\[\d\] and b\[\d\] point in opposite"),
     ],
 )
 def test_bad_input_is_refused_before_any_call(call, error, says):

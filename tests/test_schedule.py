@@ -1,5 +1,7 @@
 """σ(t), its inverse and the labels."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -78,6 +80,12 @@ def test_config_makes_it_again(name):
     np.testing.assert_array_equal(again.sigma(t), schedule.sigma(t))
 
 
+def test_config_is_plain_data_whatever_came_in():
+    schedule = NoiseSchedule.linear(np.int64(1000), np.float32(1e-4))
+    assert json.loads(json.dumps(schedule.config)) == schedule.config
+    assert NoiseSchedule.linear(1000.0).T == 1000
+
+
 @pytest.mark.parametrize(
     ("table", "says"),
     [
@@ -102,6 +110,10 @@ def test_bad_tables_are_refused(table, says):
         (lambda: NoiseSchedule.continuous(t_min=0.0), "t_min"),
         (lambda: NoiseSchedule.edm(2.0, 1.0), "sigma_min < sigma_max"),
         (lambda: NoiseSchedule.from_config({"kind": "square"}), "square"),
+        (lambda: NoiseSchedule.from_config({"kind": "edm", "T": 5}), "does not fit the schedule kind 'edm'"),
+        (lambda: NoiseSchedule.linear(2.5), "T must be a whole number"),
+        (lambda: NoiseSchedule.cosine(1), "T must be a whole number of at least 2"),
+        (lambda: NoiseSchedule.scaled_linear(10, -0.1), "beta"),
         (lambda: NoiseSchedule.linear().sigma(1001), r"\[0, 1000\]"),
         (lambda: NoiseSchedule.linear().t(-1.0), "sigma must lie in"),
         (lambda: NoiseSchedule.linear().label(np.nan), "sigma must lie in"),

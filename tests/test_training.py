@@ -1,13 +1,14 @@
 """Training: eq. 5, resumed runs, and the loss by noise level."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from ddim_ode import NoiseSchedule
-from ddim_ode.data import from_uint8
+from ddim_ode.data import as_tensor
 from ddim_ode.models.analytic import GaussianEpsilon
 from ddim_ode.models.unet import UNet
 from ddim_ode.training import TrainingOptions, _batch, principal, sigma_loss, spread, train
@@ -60,6 +61,21 @@ def test_an_interrupted_run_is_the_whole_run(tmp_path):
     assert {p.name for p in (tmp_path / "parts").iterdir()} == {"checkpoint.pt", "log.csv"}
 
 
+def test_a_run_goes_on_under_its_own_options_only(tmp_path):
+    train(network(), IMAGES, LINEAR, tmp_path, OPTIONS)
+    written = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(ValueError, match=r"holds a run with lr = 0\.01, not 0\.1, seed = 3, not 4"):
+        train(network(), IMAGES, LINEAR, tmp_path, replace(OPTIONS, lr=0.1, seed=4, steps=9))
+    assert (tmp_path / "checkpoint.pt").read_bytes() == written
+    train(network(), IMAGES, LINEAR, tmp_path, replace(OPTIONS, steps=9))
+    assert log(tmp_path)[-1][0] == "9"
+
+
+def test_a_continuous_schedule_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="discrete"):
+        train(network(), IMAGES, NoiseSchedule.edm(), tmp_path, OPTIONS)
+
+
 def test_batches_are_eq_4_with_labels_over_the_whole_range():
     _, std = spread(IMAGES)
     x, t, noise, weight = _batch(IMAGES, std**2, LINEAR, TrainingOptions(batch_size=40), 0, "cpu")
@@ -69,7 +85,7 @@ def test_batches_are_eq_4_with_labels_over_the_whole_range():
     clean = (x - (1 - alpha).sqrt() * noise) / alpha.sqrt()
     # At small t the picture can be read back from x exactly; an epoch shows each image once.
     early = int(torch.nonzero(t < 700).flatten()[-1])
-    known = from_uint8(IMAGES)
+    known = as_tensor(IMAGES)
     for i in range(early):
         assert (clean[i] - known).abs().flatten(1).amax(1).min() < 1e-3
     assert float(t.max() - t.min()) > 950
@@ -86,13 +102,13 @@ def test_weights_follow_gamma():
 
 def test_spread():
     mean, std = spread(IMAGES)
-    x = from_uint8(IMAGES, torch.float64)
+    x = as_tensor(IMAGES, torch.float64)
     torch.testing.assert_close(mean.double(), x.mean(0), rtol=1e-5, atol=1e-6)
     assert std == pytest.approx(float((x - x.mean(0)).square().mean().sqrt()))
 
 
 def test_principal_directions():
-    x = from_uint8(IMAGES, torch.float64).flatten(1)
+    x = as_tensor(IMAGES, torch.float64).flatten(1)
     mean, variance, basis, rest = principal(IMAGES, 10)
     exact = torch.linalg.eigvalsh(torch.cov(x.T, correction=0)).flip(0)
     torch.testing.assert_close(mean.flatten().double(), x.mean(0), rtol=1e-5, atol=1e-6)

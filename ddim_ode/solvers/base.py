@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddim_ode.grid import Grid, whole
-from ddim_ode.schedule import NoiseSchedule
+from ddim_ode.grid import Grid
+from ddim_ode.schedule import NoiseSchedule, whole
 
 __all__ = ["Clock", "Solver", "arctan", "asinh", "clock"]
 

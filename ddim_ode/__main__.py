@@ -1,0 +1,7 @@
+"""``python -m ddim_ode``."""
+
+import sys
+
+from ddim_ode.cli import main
+
+sys.exit(main())
