@@ -1,16 +1,19 @@
 """``ddim-ode``: the package at a terminal.
 
 Exit codes: 0, all well; 1, the work was done but some samples failed (they are named); 2, the request could not
-be carried out, and no file was written; 130, interrupted.
+be carried out, and no result was written; 130, interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,11 @@ _DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whatever stands in for one may not have the method
+            stream.reconfigure(errors="replace")  # a terminal without σ shows ?
     options = _parser().parse_args(arguments)
+    options.made = []
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"ddim-ode: warning: {message}", file=sys.stderr)
@@ -50,20 +57,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ddim-ode: interrupted", file=sys.stderr)
         return 130
+    finally:
+        for folder in options.made:
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
 
 
 # -- commands -----------------------------------------------------------------------------------
 def _compare(o: argparse.Namespace) -> int:
     field, dtype = _field(o), _DTYPES[o.dtype]
-    names = [get(name).name if name != "default" else name for name in _split(o.solvers)]
-    budgets = [_whole(x, "--nfe") for x in _split(o.nfe)]
+    # A name or a budget given twice is measured once.
+    names = list(dict.fromkeys(get(name).name if name != "default" else name for name in _split(o.solvers)))
+    budgets = list(dict.fromkeys(_whole(x, "--nfe") for x in _split(o.nfe)))
+    _whole(o.reference_nfe, "--reference-nfe", get("ab4-rk").nfe(1))  # for the reference itself would call it nfe
     if not names or not budgets:
         raise ValueError("compare needs at least one name in --solvers and one budget in --nfe")
-    images = _images(o, field, _whole(str(o.n_images), "--n-images"))
+    images = _images(o, field, _whole(o.n_images, "--n-images"))
     latent = noise(_shape(field), o.n, o.seed).to(field.device or "cpu")
-    if o.grid is not None:
-        Grid.make(o.grid, field.schedule, 1)  # an unknown name is told before the work
-    out = output_folder(o.out)
+    _check_budgets(o.grid, field, names, budgets)
+    out = _folder(o, o.out)
     with tqdm(total=1 + len(names) * len(budgets), desc="compare", disable=None, leave=False) as bar:
 
         def advance(what: str) -> None:
@@ -86,6 +98,22 @@ def _compare(o: argparse.Namespace) -> int:
         _print_comparison(record)
         print(f"\nwritten to {out}: {', '.join(written)}")
     return 1 if any(row["failed"] for row in record["rows"]) else 0
+
+
+def _check_budgets(grid: str | None, field: EpsilonField, names: list[str], budgets: list[int]) -> None:
+    """Refuse a run that could not be made, before any work; a budget that does not pay for one step is only a gap."""
+    if grid is not None:
+        Grid.make(grid, field.schedule, 2)  # even if no run is on it
+    for name in names:
+        solver, on = (None, None) if name == "default" else (name, grid)
+        for nfe in budgets:
+            if solver is not None and get(solver).nfe(1) > nfe:
+                continue
+            try:
+                for direction in DEFAULTS:
+                    plan(field, direction, solver, on, None, nfe)
+            except ValueError as error:
+                raise ValueError(f"--nfe {nfe} with {name}: {error}") from error
 
 
 def _sheets(found: Any, exact: Tensor, images: Tensor, names: list[str], budgets: list[int], out: Path) -> list[str]:
@@ -130,9 +158,9 @@ def _sample(o: argparse.Namespace) -> int:
     if o.latent is None:
         latent = noise(_shape(field), 16 if o.n is None else o.n, o.seed).to(field.device or "cpu")
     else:
-        latent = _latent(o, field)
+        latent, o.seed = _latent(o, field), None  # nothing is drawn
     options = _run_options(o, field, "sample")
-    _check_ending(o.out, _shape(field))
+    _check_out(o, _shape(field), len(latent))
     run = sample(field, latent, n=o.n, **options)
     data.write_images(o.out, run.x)
     return _report(o, field, {"sample": run})
@@ -141,7 +169,7 @@ def _sample(o: argparse.Namespace) -> int:
 def _decode(o: argparse.Namespace) -> int:
     field = _field(o)
     latent, options = _latent(o, field), _run_options(o, field, "sample")
-    _check_ending(o.out, _shape(field))
+    _check_out(o, _shape(field), len(latent))
     run = decode(field, latent, **options)
     data.write_images(o.out, run.x)
     return _report(o, field, {"decode": run})
@@ -150,7 +178,7 @@ def _decode(o: argparse.Namespace) -> int:
 def _encode(o: argparse.Namespace) -> int:
     field = _field(o)
     images, options = _images(o, field, None), _run_options(o, field, "encode")
-    _check_ending(o.out, None)
+    _check_out(o, None)
     run = encode(field, images, **options)
     data.write_array(o.out, run.x, "latent")
     return _report(o, field, {"encode": run})
@@ -159,7 +187,7 @@ def _encode(o: argparse.Namespace) -> int:
 def _reconstruct(o: argparse.Namespace) -> int:
     field = _field(o)
     images, options = _images(o, field, None), _run_options(o, field, "encode", "sample")
-    out = output_folder(o.out)
+    out = _folder(o, o.out)
     trip = round_trip(field, images, **options)
     runs, mean = {"encode": trip.encoding, "decode": trip.decoding}, float(trip.mse.mean())
     found = {"mse": trip.mse.tolist(), "mean_mse": mean, "status": [s.name for s in trip.status]}
@@ -180,28 +208,33 @@ def _reconstruct(o: argparse.Namespace) -> int:
 
 
 def _interpolate(o: argparse.Namespace) -> int:
+    pairs, points = _whole(o.pairs, "--pairs"), _whole(o.points, "--points", 2)
     field = _field(o)
     runs: dict[str, Solution] = {}
     if o.images is None:
         options = _run_options(o, field, "sample")
-        _check_ending(o.out, _shape(field))
-        ends = noise(_shape(field), 2 * o.pairs, o.seed).to(field.device or "cpu")
+        _check_out(o, _shape(field), pairs * points)
+        ends = noise(_shape(field), 2 * pairs, o.seed).to(field.device or "cpu")
     else:
-        images = _images(o, field, None)
-        if len(images) < 2 * o.pairs:
-            raise ValueError(f"--pairs {o.pairs} needs {2 * o.pairs} images, but {o.images} holds {len(images)}")
+        images, o.seed = _images(o, field, None), None  # nothing is drawn
+        if len(images) < 2 * pairs:
+            raise ValueError(f"--pairs {pairs} needs {2 * pairs} images, but {o.images} holds {len(images)}")
         options = _run_options(o, field, "encode", "sample")
-        _check_ending(o.out, _shape(field))
-        runs["encode"] = encode(field, images[: 2 * o.pairs], **options)
+        _check_out(o, _shape(field), pairs * points)
+        runs["encode"] = encode(field, images[: 2 * pairs], **options)
         ends = runs["encode"].x
-    run = interpolate(field, ends[0::2], ends[1::2], o.points, **options)
-    data.write_images(o.out, run.x, columns=o.points)
+    run = interpolate(field, ends[0::2], ends[1::2], points, **options)
+    data.write_images(o.out, run.x, columns=points)
     return _report(o, field, runs | {"interpolate": run})
 
 
 def _train(o: argparse.Namespace) -> int:
     device, images = _device(o.device), _dataset(o.data)
     schedule = NoiseSchedule.linear() if o.schedule == "linear" else NoiseSchedule.cosine()
+    if images.shape[2] != images.shape[3]:
+        raise ValueError(
+            f"--data {o.data}: the network takes square images, but these are {images.shape[2:]}: crop or pad them"
+        )
     mean, variance, basis, rest = principal(images, o.rank)
     description: dict[str, Any] = {
         "shape": list(images.shape[1:]),
@@ -224,7 +257,7 @@ def _train(o: argparse.Namespace) -> int:
         steps=o.steps, batch_size=o.batch_size, lr=o.lr, warmup=o.warmup, cooldown=o.cooldown, ema=o.ema, clip=o.clip,
         gamma=o.gamma, label_power=o.label_power, flip=o.flip, seed=o.seed, autocast=not o.no_autocast, compile=o.compile,
     )  # fmt: skip
-    out = output_folder(o.out)
+    out = _folder(o, o.out)
     torch.manual_seed(o.seed)
     network = build(description)
     if isinstance(network, GaussianResidual):
@@ -288,8 +321,8 @@ def _field(o: argparse.Namespace) -> EpsilonField:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros((), device=device).item()  # a number must come back, which the meta device has not got
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
 
@@ -302,6 +335,8 @@ def _shape(field: EpsilonField) -> tuple[int, ...]:
 
 def _run_options(o: argparse.Namespace, field: EpsilonField, *directions: str) -> dict[str, Any]:
     """What a run is asked to be; refused here, before a folder is made for it, if it cannot be."""
+    if o.batch_size is not None:
+        _whole(o.batch_size, "--batch-size")
     for direction in directions:
         plan(field, direction, o.solver, o.grid, None, o.nfe)
     return {
@@ -324,10 +359,12 @@ def _images(o: argparse.Namespace, field: EpsilonField, count: int | None) -> Te
 
 
 def _latent(o: argparse.Namespace, field: EpsilonField) -> Tensor:
-    latent = torch.from_numpy(data.read_array(o.latent))
-    if not latent.is_floating_point():
+    latent, shape = data.read_array(o.latent), _shape(field)
+    if latent.dtype.kind != "f":
         raise ValueError(f"{o.latent} must hold float latents, but its dtype is {latent.dtype}: is it an image?")
-    return latent.to(field.device or "cpu")
+    if latent.shape[1:] != shape:
+        raise ValueError(f"the latents are {latent.shape[1:]}, but the model takes {shape}")
+    return torch.from_numpy(latent).to(field.device or "cpu")
 
 
 def _dataset(name: str) -> Any:
@@ -336,18 +373,35 @@ def _dataset(name: str) -> Any:
     return data.to_uint8(data.as_tensor(data.read_images(name)))
 
 
-def _check_ending(path: str, shape: tuple[int, ...] | None) -> None:
-    """Refuse an output that could not be written, before any work; `shape` is that of an image, None for latents."""
-    ending = Path(path).suffix
-    if shape is None and ending not in (".npz", ".npy"):
-        raise ValueError(f"--out {path}: latents are written as .npz or .npy")
-    if ending not in (".png", ".npz", ".npy"):
-        raise ValueError(f"--out {path}: images are written as .png (a sheet), .npz or .npy")
-    if ending == ".png" and shape is not None and (len(shape) != 3 or shape[0] not in (1, 3)):
-        raise ValueError(f"--out {path}: samples of shape {shape} are no picture; write .npz")
-    if Path(path).is_dir():
-        raise ValueError(f"--out {path}: that is a folder, and a file is to be written")
-    output_folder(Path(path).parent)
+def _check_out(o: argparse.Namespace, shape: tuple[int, ...] | None, count: int = 0) -> None:
+    """Refuse an output that could not be written, before any work.
+
+    `shape` is that of one of the `count` images, None for latents.
+    """
+    path = Path(o.out)
+    folder = o.out.endswith(("/", os.sep)) or path.is_dir() or not path.suffix
+    if shape is None:
+        if folder or path.suffix not in (".npz", ".npy"):
+            raise ValueError(f"--out {o.out}: latents are written as .npz or .npy")
+    elif not folder and path.suffix not in (".png", ".npz", ".npy"):
+        raise ValueError(f"--out {o.out}: images are written as .png (a sheet), .npz or .npy, or into a folder/")
+    elif (folder or path.suffix == ".png") and (len(shape) != 3 or shape[0] not in (1, 3)):
+        raise ValueError(f"--out {o.out}: samples of shape {shape} are no picture; write .npz")
+    made = _folder(o, path if folder else path.parent)
+    others = {p.name for p in data.pictures(made)} - set(data.picture_names(count)) if folder else set()
+    if others:
+        raise ValueError(
+            f"--out {o.out}: that folder holds other pictures, such as {min(others)}, that would be taken for images "
+            "of this run: name another folder"
+        )
+
+
+def _folder(o: argparse.Namespace, path: str | Path) -> Path:
+    """The folder of an output; what of it was not there is noted, for :func:`main` to remove if it stays empty."""
+    path = Path(path)
+    whole = path.absolute()
+    o.made += [p for p in (whole, *whole.parents) if not os.path.lexists(p)]
+    return output_folder(path)
 
 
 def _record(o: argparse.Namespace, field: EpsilonField, runs: dict[str, Solution]) -> dict[str, Any]:
@@ -385,14 +439,14 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _whole(text: str, name: str) -> int:
+def _whole(value: str | int, name: str, least: int = 1) -> int:
     try:
-        value = int(text)
+        number = int(value)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise ValueError(f"{name} takes whole numbers of at least 1, but got {text!r}")
-    return value
+        number = least - 1
+    if number < least:
+        raise ValueError(f"{name} takes whole numbers of at least {least}, but got {value!r}")
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -35,9 +35,9 @@ class Reference:
     Attributes
     ----------
     x : Tensor
-        (B, \*d).
+        (B, \*d), NaN for a sample whose reference failed.
     difference : float
-        RMS difference to a second method at a like number of calls: how far `x` can be trusted.
+        RMS difference to a second method at a like number of calls, over the others: how far `x` can be trusted.
     nfe : int
         Calls spent on both.
     methods : tuple of str
@@ -71,8 +71,11 @@ def reference(
         grid = Grid.make("asinh", evaluate.schedule, method.steps(nfe), c=c)
         runs.append(sample(evaluate, latent, solver=method, grid=grid, progress=progress, batch_size=batch_size))
         names.append(f"{method.name} on asinh, c = {c:g}")
-    difference = float(rms(runs[0].x, runs[1].x).square().mean().sqrt())
-    return Reference(runs[0].x, difference, runs[0].nfe + runs[1].nfe, tuple(names))
+    exact = runs[0].x.clone()
+    lost = [i for i, pair in enumerate(zip(runs[0].status, runs[1].status, strict=True)) if any(pair)]
+    exact[lost] = math.nan
+    difference = float(rms(exact, runs[1].x).square().nanmean().sqrt())
+    return Reference(exact, difference, runs[0].nfe + runs[1].nfe, tuple(names))
 
 
 @dataclass(eq=False)
@@ -133,14 +136,25 @@ def compare(
     Returns
     -------
     Comparison
-        A row has ``solver``, ``nfe`` (the budget), ``calls`` (spent), ``steps``, ``rms`` (over all samples),
-        ``median`` and ``worst`` (per sample), ``seconds``, ``round_trip_mse``, ``round_trip_calls``,
-        ``round_trip_seconds`` and ``failed`` (samples). A budget below one step gives a row of nulls.
+        A row has ``solver``, ``nfe`` (the budget), ``calls`` (spent), ``steps``, ``rms`` (over all samples that have
+        a reference; NaN if one of them failed), ``median`` and ``worst`` (per sample), ``seconds``, ``round_trip_mse``,
+        ``round_trip_calls``, ``round_trip_seconds`` and ``failed`` (samples). A budget below one step gives a row of nulls.
     """
     if exact is None:
         advance("reference")
         exact = reference(evaluate, latent)
-    found = Comparison({"reference": {"rms_difference": exact.difference, "nfe": exact.nfe, "methods": exact.methods}})
+    known = exact.x.flatten(1).isfinite().all(dim=1)
+    without = torch.nonzero(~known).flatten().tolist()
+    found = Comparison(
+        {
+            "reference": {
+                "rms_difference": exact.difference,
+                "nfe": exact.nfe,
+                "methods": exact.methods,
+                "failed": without,
+            }
+        }
+    )
     rows: list[dict[str, Any]] = []
     found.record["rows"] = rows
     for name in solvers:
@@ -161,6 +175,7 @@ def compare(
             failed = [s is not Status.SUCCESS for s in run.status]
             if any(failed):
                 each[torch.tensor(failed)] = math.nan
+            each = each[known]
             found.samples[name, nfe], found.reconstructions[name, nfe] = run.x, trip.reconstruction
             rows.append(
                 {
@@ -172,7 +187,7 @@ def compare(
                     "encode_grid": trip.encoding.grid.name,
                     "rms": float(each.square().mean().sqrt()),
                     "median": float(each.median()),
-                    "worst": float(each.max()),
+                    "worst": float(each.max()) if each.numel() else math.nan,
                     "seconds": middle - start,
                     "round_trip_mse": float(trip.mse.mean()),
                     "round_trip_calls": trip.nfe,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import os
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -25,6 +26,8 @@ __all__ = [
     "as_tensor",
     "bundled_images",
     "find_fashion_mnist",
+    "picture_names",
+    "pictures",
     "read_array",
     "read_images",
     "to_uint8",
@@ -105,16 +108,15 @@ def read_images(path: str | os.PathLike[str]) -> Images:
     if not path.exists():
         raise FileNotFoundError(f"no images at {path}: there is no such file or folder")
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in Image.registered_extensions())
-        if not files:
+        images = [_picture(p) for p in pictures(path)]
+        if not images:
             raise ValueError(f"{path} holds no picture files")
-        pictures = [_picture(p) for p in files]
-        shapes = {p.shape for p in pictures}
+        shapes = {image.shape for image in images}
         if len(shapes) > 1:
             raise ValueError(
                 f"the pictures in {path} differ in shape ({', '.join(map(str, sorted(shapes)))}): make them equal"
             )
-        return np.stack(pictures)
+        return np.stack(images)
     if "-ubyte" in path.name or path.suffix == ".idx":
         return _idx(path)
     if path.suffix in (".npy", ".npz"):
@@ -122,18 +124,43 @@ def read_images(path: str | os.PathLike[str]) -> Images:
     return _picture(path)[None]
 
 
+def pictures(folder: Path) -> list[Path]:
+    """The picture files in a folder, in the order of their names."""
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in Image.registered_extensions())
+
+
+def picture_names(n: int) -> list[str]:
+    """What the files of `n` images in a folder are called: their order is that of the images."""
+    width = max(5, len(str(n - 1)))
+    return [f"{i:0{width}}.png" for i in range(n)]
+
+
 def read_array(path: str | os.PathLike[str]) -> NDArray[Any]:
-    """The array of an ``.npy`` file, or of an ``.npz`` (named ``images``, ``latent``, ``x``, or the only one)."""
+    """The array of an ``.npy`` file, or of an ``.npz`` (named ``images``, ``latent``, ``x``, or the only one).
+
+    It comes in a dtype that torch has too: native byte order, no float longer than float64.
+
+    Raises
+    ------
+    FileNotFoundError
+        If nothing is there.
+    ValueError
+        If it is not an array of real numbers, or is cut short.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no arrays at {path}: there is no such file")
     try:
         with open(path, "rb") as file:
-            return _array(np.load(file, allow_pickle=False), path)
-    except (OSError, EOFError, KeyError, BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a whole array file: {error}") from error
+            array = _array(np.load(file, allow_pickle=False))
+    except (OSError, EOFError, KeyError, ValueError, BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read as an array: {error}") from error
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{path} must hold real numbers, but its dtype is {array.dtype}")
+    long = array.dtype.kind == "f" and array.dtype.itemsize > 8
+    return array.astype(np.float64 if long else array.dtype.newbyteorder("="), copy=False)
 
 
-def _array(loaded: Any, path: Any) -> NDArray[Any]:
+def _array(loaded: Any) -> NDArray[Any]:
     if isinstance(loaded, np.ndarray):
         return loaded
     for name in ("images", "latent", "x"):
@@ -141,29 +168,33 @@ def _array(loaded: Any, path: Any) -> NDArray[Any]:
             return loaded[name]
     if len(loaded.files) == 1:
         return loaded[loaded.files[0]]
-    raise ValueError(f"{path} holds several arrays ({', '.join(loaded.files)}) and none is called images, latent or x")
+    raise ValueError(f"it holds several arrays ({', '.join(loaded.files)}) and none is called images, latent or x")
 
 
 def write_images(path: str | os.PathLike[str], images: Tensor, columns: int | None = None) -> None:
-    """Write images (N, C, H, W) in [−1, 1]: a sheet as ``.png``, else an ``.npz`` or ``.npy`` array.
+    """Write images (N, C, H, W) in [−1, 1]: a sheet as ``.png``, a PNG each into a folder, else an array.
 
     Parameters
     ----------
     path : path
-        Where to; the ending decides. Arrays keep the floats, under ``images``.
+        A folder that exists gets the files :func:`picture_names`, all of them or none; else the ending decides:
+        ``.png``, ``.npz`` or ``.npy``. Arrays keep the floats, under ``images``.
     images : Tensor
-        (N, C, H, W) with 1 or 3 channels for a PNG; any shape for arrays.
+        (N, C, H, W) with 1 or 3 channels for PNGs; any shape for arrays.
     columns : int, optional
         Images a row of a sheet; by default as square as it goes.
     """
     path = Path(path)
-    if path.suffix == ".png":
+    if path.suffix == ".png" or path.is_dir():
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(
                 f"a PNG needs images (N, 1 or 3, H, W), but these have shape {tuple(images.shape)}; write .npz"
             )
-        with replacing(path) as temporary:
-            Image.fromarray(sheet(to_uint8(images), columns)).save(temporary, format="PNG")
+        whole = to_uint8(images)
+        each = {path / name: whole[i : i + 1] for i, name in enumerate(picture_names(len(whole)))}
+        with ExitStack() as stack:
+            for file, part in (each if path.is_dir() else {path: whole}).items():
+                Image.fromarray(sheet(part, columns)).save(stack.enter_context(replacing(file)), format="PNG")
     else:
         write_array(path, images, "images")
 
@@ -183,8 +214,10 @@ def write_array(path: str | os.PathLike[str], tensor: Tensor, name: str) -> None
 
 
 def sheet(images: Uint8, columns: int | None = None, gap: int = 1) -> Uint8:
-    """Tile uint8 images (N, C, H, W) into one picture (H', W') or (H', W', 3), white between them."""
+    """Tile uint8 images (N, C, H, W) into one picture (H', W') or (H', W', 3), white between them; one stays as it is."""
     n, channels, height, width = images.shape
+    if n == 1:
+        columns, gap = 1, 0
     columns = columns or int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)
     canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, dtype=np.uint8)
@@ -200,7 +233,7 @@ def _picture(path: Path) -> Uint8:
             if image.mode.startswith("I"):  # 16 bits a pixel
                 return (np.asarray(image, dtype=np.float64) / 257.0).round().clip(0, 255).astype(np.uint8)[None]
             grey = image.mode in ("1", "L", "LA", "F")
-            array = np.asarray(image.convert("L" if grey else "RGB"))
+            array = np.array(image.convert("L" if grey else "RGB"))  # a copy is writable, as torch wants it
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} is not a whole picture file: {error}") from error
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)

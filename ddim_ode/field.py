@@ -111,19 +111,33 @@ class EpsilonField:
             raise ValueError(f"unknown prediction {prediction!r}: {hint}known are {', '.join(PREDICTIONS)}")
         if label not in ("fractional", "nearest"):
             raise ValueError(f'label must be "fractional" or "nearest", but got {label!r}')
-        if guidance_scale != 1.0 and (condition is None or null_condition is None):
-            raise ValueError("guidance_scale other than 1 needs both condition and null_condition")
-        self.schedule = schedule
-        self.prediction = prediction
+        if label == "nearest" and not schedule.discrete:
+            raise ValueError(f'label="nearest" needs a schedule whose labels are whole numbers, but got {schedule!r}')
+        for name, given in (("condition", condition), ("null_condition", null_condition)):
+            if given is not None and (not isinstance(given, Tensor) or given.ndim < 1):
+                raise TypeError(f"{name} must be a tensor of one row a sample, or one for all, but got {given!r}")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number, but got {guidance_scale!r}")
+        if guidance_scale != 1.0:
+            if condition is None or null_condition is None:
+                raise ValueError("guidance_scale other than 1 needs both condition and null_condition")
+            if condition.shape[1:] != null_condition.shape[1:]:
+                shapes = f"{tuple(condition.shape)} and {tuple(null_condition.shape)}"
+                raise ValueError(
+                    f"condition and null_condition must have rows of one shape, but their shapes are {shapes}"
+                )
+        if autocast is not None and not (isinstance(autocast, torch.dtype) and autocast.is_floating_point):
+            raise TypeError(f"autocast must be a floating dtype, such as torch.bfloat16, but got {autocast!r}")
         self.label = label
         self.condition, self.null_condition = condition, null_condition
         self.guidance_scale = float(guidance_scale)
         self.autocast, self.channels_last = autocast, channels_last
-        self.nfe = 0
         self._by_sigma = False
-        self._attach(model, shape, dtype)
+        self._attach(model, schedule, prediction, shape, dtype)
         if channels_last and isinstance(model, nn.Module):
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+            for parameter in model.parameters():
+                if parameter.ndim == 4:
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self._call = torch.compile(model) if compile else model
 
     @classmethod
@@ -149,18 +163,31 @@ class EpsilonField:
         field = cls.__new__(cls)
         if not callable(eps):
             raise TypeError(f"eps must be callable as eps(x_bar, sigma), but got {type(eps).__name__}")
-        field.schedule, field.prediction, field.label = schedule, "epsilon", "fractional"
+        field.label, field.guidance_scale, field.channels_last = "fractional", 1.0, False
         field.condition = field.null_condition = field.autocast = None
-        field.guidance_scale, field.channels_last = 1.0, False
-        field.nfe = 0
         field._by_sigma = True
-        field._attach(eps, shape, dtype)
+        field._attach(eps, schedule, "epsilon", shape, dtype)
         field._call = eps
         return field
 
-    def _attach(self, model: Any, shape: tuple[int, ...] | None, dtype: torch.dtype | None) -> None:
-        self.model = model
+    def _attach(
+        self,
+        model: Any,
+        schedule: NoiseSchedule,
+        prediction: str,
+        shape: tuple[int, ...] | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        if not isinstance(schedule, NoiseSchedule):
+            raise TypeError(
+                f"schedule must be a NoiseSchedule, but got {type(schedule).__name__}: make one, NoiseSchedule.linear()"
+            )
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating dtype, such as torch.float32, but got {dtype!r}")
         shape = shape if shape is not None else getattr(model, "shape", None)
+        if isinstance(shape, int):
+            raise TypeError(f"shape must be that of one sample, such as ({shape},), but got {shape}")
+        self.model, self.schedule, self.prediction, self.nfe = model, schedule, prediction, 0
         self.shape = None if shape is None else tuple(int(n) for n in shape)
         self._dtype = dtype
         if isinstance(model, nn.Module) and model.training:

@@ -37,8 +37,8 @@ def write_json(path: str | os.PathLike[str], record: Any) -> None:
 
 
 def to_json(record: Any, indent: int | None = None) -> str:
-    """A record as JSON; NaN and infinity, which JSON does not have, become null."""
-    return json.dumps(_finite(record), indent=indent, ensure_ascii=False, allow_nan=False)
+    """A record as JSON; NaN and infinity, which JSON does not have, become null. On one line it is ASCII, for any terminal."""
+    return json.dumps(_finite(record), indent=indent, ensure_ascii=indent is None, allow_nan=False)
 
 
 def output_folder(path: str | os.PathLike[str]) -> Path:

@@ -14,6 +14,7 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -50,6 +51,12 @@ class Grid:
             raise ValueError(f"a grid needs at least two sigmas in one row, but got an array of shape {sigmas.shape}")
         if not np.all(np.isfinite(sigmas)):
             raise ValueError("a grid's sigmas must be finite, but there is NaN or infinity among them")
+        end = self.schedule.sigma_max
+        if sigmas.max() > end * (1.0 + 1e-6):  # σ_T in float32 is σ_T
+            raise ValueError(
+                f"a grid's sigmas must not exceed the schedule's sigma_max = {end:.10g}, but reach {sigmas.max():.10g}"
+            )
+        sigmas = np.minimum(sigmas, end)
         steps = np.diff(sigmas)
         if not (np.all(steps > 0.0) or np.all(steps < 0.0)):
             at = int(np.argmin(steps * np.sign(sigmas[-1] - sigmas[0]) > 0.0))
@@ -59,12 +66,6 @@ class Grid:
             )
         if sigmas.min() < 0.0:
             raise ValueError(f"a grid's sigmas must not be negative, but the smallest is {sigmas.min():.10g}")
-        end = self.schedule.sigma_max
-        if sigmas.max() > end * (1.0 + 1e-6):  # σ_T in float32 is σ_T
-            raise ValueError(
-                f"a grid's sigmas must not exceed the schedule's sigma_max = {end:.10g}, but reach {sigmas.max():.10g}"
-            )
-        sigmas = np.minimum(sigmas, end)
         sigmas.setflags(write=False)
         object.__setattr__(self, "sigmas", sigmas)
 
@@ -88,10 +89,12 @@ class Grid:
         return Grid(self.sigmas[::-1], self.schedule, self.name)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Grid) and self.schedule is other.schedule and np.array_equal(self.sigmas, other.sigmas)
+        if not isinstance(other, Grid) or not np.array_equal(self.sigmas, other.sigmas):
+            return False
+        return self.schedule is other.schedule or self.schedule.config == other.schedule.config
 
     def __hash__(self) -> int:
-        return hash((id(self.schedule), self.sigmas.tobytes()))
+        return hash((self.schedule.sigma_max, self.sigmas.tobytes()))
 
     def __repr__(self) -> str:
         return f"<Grid {self.name}: {self.steps} steps, sigma {self.sigmas[0]:.6g} -> {self.sigmas[-1]:.6g}>"
@@ -99,8 +102,12 @@ class Grid:
     @staticmethod
     def explicit(sigmas: ArrayLike | Tensor, schedule: NoiseSchedule) -> Grid:
         """A grid from the noise levels themselves, in either direction."""
+        if isinstance(sigmas, str):
+            raise TypeError(
+                f"sigmas must be numbers, but got {sigmas!r}: a rule's grid is Grid.make({sigmas!r}, schedule, steps)"
+            )
         if isinstance(sigmas, Tensor):
-            sigmas = sigmas.detach().cpu().numpy()
+            sigmas = sigmas.detach().to("cpu", torch.float64).numpy()
         return Grid(np.asarray(sigmas, dtype=np.float64), schedule)
 
     @staticmethod

@@ -75,7 +75,8 @@ def integrate(
     method = get(solver)
     check_state(field, x_bar, "x_bar")
     if dtype is not None:
-        x_bar = to_dtype(x_bar, dtype)
+        x_bar = to_dtype(x_bar, dtype, float(grid.sigmas.max()))
+        check_state(field, x_bar, f"x_bar, as {dtype},")
     with torch.no_grad():
         return _run(field, x_bar, grid, method, callback, progress, trajectory, rows)
 
@@ -151,7 +152,7 @@ def _subset(rows: slice | Tensor | None, chosen: Tensor) -> Tensor:
     if rows is None:
         return chosen
     if isinstance(rows, slice):
-        return chosen + (rows.start or 0)
+        return chosen * (rows.step or 1) + (rows.start or 0)
     return rows[chosen]
 
 

@@ -63,7 +63,7 @@ def noise(shape: tuple[int, ...], n: int, seed: int, *, first: int = 0, dtype: t
     dtype : torch.dtype
         Dtype of the result.
     """
-    n, seed = whole(n, "n"), whole(seed, "seed", 0)
+    n, seed, first = whole(n, "n"), whole(seed, "seed", 0), whole(first, "first", 0)
     if seed >= 2**64:
         raise ValueError(f"seed must be below 2**64, but got {seed}")
     drawn = [
@@ -139,10 +139,11 @@ def sample(
             raise ValueError("n needs to know the shape of a sample: make the field with shape=(...), or give latent=")
         latent = noise(field.shape, n, seed).to(field.device or "cpu")
     else:
+        check_state(field, latent, "latent")
         if n is not None and n != latent.shape[0]:
             raise ValueError(f"n = {n} contradicts the {latent.shape[0]} latents given: leave one out")
-        check_state(field, latent, "latent")
-        _warn_if_not_latent(latent)
+        if nodes.sigmas[0] > 0.9 * field.schedule.sigma_max:  # further down, x is partly an image
+            _warn_if_not_latent(latent)
     start = to_dtype(latent, dtype, nodes.sigmas[0]) * math.sqrt(1.0 + nodes.sigmas[0] ** 2)
     return _in_batches(field, start, nodes, method, batch_size, callback, progress, trajectory)
 
@@ -279,7 +280,7 @@ def round_trip(
         # A coarse encoder's latent may look odd; here that is a result, not a user's mistake.
         warnings.simplefilter("ignore", LatentWarning)
         back = sample(field, there.x, **options)
-    error = mse(images, back.x, data_range or (-1.0, 1.0))
+    error = mse(images.detach(), back.x, data_range or (-1.0, 1.0))
     lost = [i for i, pair in enumerate(zip(there.status, back.status, strict=True)) if any(pair)]
     if lost:
         error[lost] = math.nan
@@ -301,10 +302,14 @@ def slerp(a: Tensor, b: Tensor, fraction: float) -> Tensor:
     Raises
     ------
     ValueError
-        If two latents point in opposite directions: no path between them is the shortest.
+        If two latents point in opposite directions, where no path is the shortest, or one is zero.
     """
+    dtype, a, b = torch.promote_types(a.dtype, b.dtype), a.double(), b.double()
     flat_a, flat_b = a.flatten(1), b.flatten(1)
-    cosine = (flat_a * flat_b).sum(1) / (flat_a.norm(dim=1) * flat_b.norm(dim=1))
+    lengths = flat_a.norm(dim=1) * flat_b.norm(dim=1)
+    if not isinstance(lengths, FakeTensor) and not bool((lengths > 0.0).all()):
+        raise ValueError("a and b must point somewhere, but one of them holds a sample of zeros")
+    cosine = (flat_a * flat_b).sum(1) / lengths
     if not isinstance(cosine, FakeTensor) and bool((cosine < -1.0 + 1e-12).any()):
         i = int(cosine.argmin())
         raise ValueError(
@@ -316,7 +321,7 @@ def slerp(a: Tensor, b: Tensor, fraction: float) -> Tensor:
     safe = torch.where(straight, torch.ones_like(sine), sine)
     left = torch.where(straight, torch.full_like(sine, 1.0 - fraction), torch.sin((1.0 - fraction) * theta) / safe)
     right = torch.where(straight, torch.full_like(sine, fraction), torch.sin(fraction * theta) / safe)
-    return left * a + right * b
+    return (left * a + right * b).to(dtype)
 
 
 def interpolate(field: EpsilonField, a: Tensor, b: Tensor, n: int = 8, **options: Any) -> Solution:
@@ -375,6 +380,8 @@ def plan(
         grid = default_grid if solver is None else DEFAULTS["sample"][1]
     if steps is not None and nfe is not None:
         raise ValueError("steps and nfe are two ways to say one thing: give one of them")
+    if nfe is not None:
+        nfe = whole(nfe, "nfe", 0)
     if isinstance(grid, str):
         if steps is None:
             steps = method.steps(_NFE if nfe is None else nfe)
@@ -435,10 +442,14 @@ def _warn_if_not_latent(latent: Tensor) -> None:
 
 
 def _check_range(images: Tensor, data_range: tuple[float, float] | None) -> None:
-    if data_range is None or images.ndim != 4 or isinstance(images, FakeTensor):
+    if data_range is None:
         return
     low, high = data_range
-    least, most = float(images.min()), float(images.max())
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"data_range must be two numbers that rise, such as (-1, 1), but got {data_range!r}")
+    if images.ndim != 4 or isinstance(images, FakeTensor):
+        return
+    least, most = (float(x) for x in images.detach().aminmax())
     slack = 1e-3 * (high - low)
     if least < low - slack or most > high + slack:
         raise ValueError(

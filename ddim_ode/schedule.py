@@ -17,8 +17,10 @@ from abc import ABC, abstractmethod
 from typing import Any, overload
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.interpolate import PchipInterpolator, make_interp_spline
+from torch import Tensor
 
 __all__ = ["NoiseSchedule"]
 
@@ -241,14 +243,14 @@ class NoiseSchedule(ABC):
         return _from_betas(betas, {"kind": "cosine", "T": T, "s": s, "max_beta": max_beta})
 
     @staticmethod
-    def from_alphas_cumprod(alphas_cumprod: ArrayLike) -> NoiseSchedule:
+    def from_alphas_cumprod(alphas_cumprod: ArrayLike | Tensor) -> NoiseSchedule:
         r"""The schedule of a table :math:`\alpha_1 > \dots > \alpha_T`, as checkpoints store it.
 
         Parameters
         ----------
         alphas_cumprod : array_like
             Strictly decreasing, inside (0, 1), of length T ≥ 2; `alphas_cumprod[0]` is the paper's α_1.
-            A torch tensor on the CPU will do. Give it in float64 where you can: float32 leaves σ_1 with
+            A torch tensor will do. Give it in float64 where you can: float32 leaves σ_1 with
             three good digits.
 
         Raises
@@ -257,6 +259,8 @@ class NoiseSchedule(ABC):
             If the table is not decreasing inside (0, 1); a last entry of 0 (zero terminal SNR) means
             σ_T = ∞, which eq. 14 cannot start from.
         """
+        if isinstance(alphas_cumprod, Tensor):
+            alphas_cumprod = alphas_cumprod.detach().to("cpu", torch.float64).numpy()
         table = np.asarray(alphas_cumprod, dtype=np.float64)
         return _Discrete(table, {"kind": "from_alphas_cumprod", "alphas_cumprod": table.ravel().tolist()})
 
@@ -362,7 +366,7 @@ class _Discrete(NoiseSchedule):
             return
         self._curve = PchipInterpolator(np.log(steps), log_variance)
         self._curve_slope = self._curve.derivative()
-        self._first = float(self._curve_slope(0.0))  # d log σ² / d log t at t = 1, carried on below it
+        self._first = 1.0  # d log σ² / d log t below t = 1, where a table says nothing: σ² starts linearly
 
     def _log_variance(self, t: Array) -> Array:
         u = np.log(t)
@@ -426,6 +430,11 @@ class _Continuous(NoiseSchedule):
             raise ValueError(
                 f"beta_min and beta_max must satisfy 0 < beta_min < beta_max, but got {beta_min}, {beta_max}"
             )
+        if not beta_min + beta_max < 1400.0:
+            raise ValueError(
+                f"beta_min = {beta_min:g} and beta_max = {beta_max:g} make sigma_T infinite in float64, and eq. 14 cannot "
+                "start there: make beta_max smaller"
+            )
         if not 0.0 < t_min < 1.0:
             raise ValueError(f"t_min must lie in (0, 1), but got {t_min}")
         self.config = {"kind": "continuous", "beta_min": beta_min, "beta_max": beta_max, "t_min": t_min}
@@ -472,6 +481,11 @@ class _SigmaIsTime(NoiseSchedule):
 
 
 def _from_betas(betas: Array, config: dict[str, Any]) -> NoiseSchedule:
+    if betas.size and betas[-1] == 1.0:
+        raise ValueError(
+            f"the last beta of {config} is 1: sigma_T would be infinite and eq. 14 cannot start there; cap it below 1, or "
+            "drop that step and use from_alphas_cumprod"
+        )
     if not (betas.size >= 2 and np.all((betas > 0.0) & (betas < 1.0))):
         raise ValueError(f"a schedule needs T >= 2 and every beta inside (0, 1), but got {config}")
     return _Discrete(np.exp(np.cumsum(np.log1p(-betas))), config)

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import copy
 import csv
+import math
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 
 from ddim_ode.data import as_tensor
 from ddim_ode.files import replacing
+from ddim_ode.sampling import noise
 from ddim_ode.schedule import NoiseSchedule, whole
 
 __all__ = ["TrainingOptions", "sigma_loss", "spread", "train"]
@@ -83,8 +86,11 @@ class TrainingOptions:
         for name in ("steps", "batch_size"):
             whole(getattr(self, name), name)
         for name in ("lr", "clip", "label_power"):
-            if not getattr(self, name) > 0.0:
+            if not 0.0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, but got {getattr(self, name)!r}")
+        if not math.isfinite(self.gamma):
+            raise ValueError(f"gamma must be a finite number, but got {self.gamma!r}")
+        whole(self.seed, "seed", 0)
         for name in ("cooldown", "ema"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must lie in [0, 1], but got {getattr(self, name)!r}")
@@ -140,15 +146,18 @@ def train(
     Raises
     ------
     ValueError
-        If `out` holds a run with other options (`steps` and `compile` may differ), or `schedule` is continuous.
+        If `out` holds a run with other options (`steps` and `compile` may differ) or on other images, if `schedule` is
+        continuous, or once the loss is not finite.
     """
     whole(save_every, "save_every")
     if not schedule.discrete:
         raise ValueError(f"training needs a discrete schedule, but got {schedule!r}")
-    checkpoint, saved = out / "checkpoint.pt", None
+    checkpoint, saved, mark = out / "checkpoint.pt", None, zlib.crc32(np.ascontiguousarray(images).data)
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
         _check_options(saved["options"], options, out)
+        if saved["images"] != mark:
+            raise ValueError(f"{out} holds a run on other images: give another folder")
     variance = spread(images)[1] ** 2
     network = network.to(device).train()
     average = copy.deepcopy(network).eval().requires_grad_(False)
@@ -164,10 +173,13 @@ def train(
     parameters: list[Tensor] = list(network.parameters())
     averaged: list[Tensor] = list(average.parameters())
 
+    if step >= options.steps and on_save is not None:  # the last run may have been cut short just there
+        on_save(average, step)
     losses: list[Tensor] = []
     since = time.monotonic()
     while step < options.steps:
         x, t, noise, weight = _batch(images, variance, schedule, options, step, device)
+        torch.manual_seed(_seed(options.seed, step, 1))  # dropout's
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=options.autocast):
             predicted = run(x, t)
         squares = (predicted.to(torch.float32) - noise).square()
@@ -186,8 +198,17 @@ def train(
             progress(step, float(losses[-1]))
         if step % save_every == 0 or step == options.steps:
             row = [step, float(torch.stack(losses).mean()), options.learning_rate(step - 1), time.monotonic() - since]
+            if not math.isfinite(row[1]):
+                kept = (
+                    f"the checkpoint of step {step - len(losses)} is kept"
+                    if checkpoint.exists()
+                    else "nothing was kept"
+                )
+                raise ValueError(
+                    f"the loss became {row[1]} before step {step}; {kept}: try a smaller lr, in a new folder"
+                )
             state: dict[str, Any] = {"network": network.state_dict(), "average": average.state_dict()}
-            state |= {"optimiser": optimiser.state_dict(), "step": step, "options": asdict(options)}
+            state |= {"optimiser": optimiser.state_dict(), "step": step, "options": asdict(options), "images": mark}
             with replacing(checkpoint) as temporary:
                 torch.save(state, temporary)
             _append(out / "log.csv", row)
@@ -254,9 +275,7 @@ def _batch(
         [_order(count, options.seed, epoch) for epoch in range(first // count, (first + size - 1) // count + 1)]
     )
     chosen = as_tensor(images[rows[first % count : first % count + size]])
-    random = torch.Generator().manual_seed(
-        int(np.random.SeedSequence((options.seed, step)).generate_state(1, np.uint64)[0] >> 1)
-    )
+    random = torch.Generator().manual_seed(_seed(options.seed, step))
     if options.flip:
         mirrored = torch.rand(size, generator=random) < 0.5
         chosen = torch.where(mirrored[:, None, None, None], chosen.flip(-1), chosen)
@@ -267,6 +286,11 @@ def _batch(
     x = alpha.sqrt() * chosen + (1.0 - alpha).sqrt() * noise
     weight = (1.0 + (1.0 - alpha) / alpha / variance) ** options.gamma
     return x.to(device), t.to(device, torch.float32), noise.to(device), weight.to(device)
+
+
+def _seed(*key: int) -> int:
+    """A seed for torch from whole numbers."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
 _orders: dict[tuple[int, int, int], np.ndarray] = {}
@@ -334,10 +358,7 @@ def sigma_loss(
     totals = {float(sigma): 0.0 for sigma in sigmas}
     for start in range(0, len(images), batch_size):
         x0 = as_tensor(images[start : start + batch_size], dtype).to(device)
-        random = torch.Generator().manual_seed(
-            int(np.random.SeedSequence((seed, start)).generate_state(1, np.uint64)[0] >> 1)
-        )
-        noise = torch.randn(x0.shape, generator=random).to(device, dtype)
+        drawn = noise(tuple(x0.shape[1:]), len(x0), seed, first=start).to(device, dtype)
         for sigma in totals:
-            totals[sigma] += float((epsilon(x0 + sigma * noise, sigma) - noise).square().sum())
+            totals[sigma] += float((epsilon(x0 + sigma * drawn, sigma) - drawn).square().sum())
     return {sigma: total / images.size for sigma, total in totals.items()}

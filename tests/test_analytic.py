@@ -92,6 +92,16 @@ def test_shapes_and_dtypes_are_the_states():
     assert out.dtype == torch.float32
 
 
+@pytest.mark.parametrize("make", [GaussianEpsilon, lambda m, c: MixtureEpsilon(torch.ones(1), m[None], c[None])])
+def test_nothing_of_an_inference_run_is_kept(make):
+    exact = make(MEANS[0], COVARIANCES[0])
+    with torch.inference_mode():
+        exact(X, 0.5)
+    x = X.clone().requires_grad_()
+    exact(x, 0.5).sum().backward()
+    assert bool(x.grad.isfinite().all())
+
+
 def test_mixture_samples_have_its_moments():
     mixture = MixtureEpsilon(WEIGHTS, MEANS, COVARIANCES)
     drawn = mixture.sample(40_000, torch.Generator().manual_seed(1))
@@ -140,8 +150,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         (lambda: MixtureEpsilon(torch.ones(2), MEANS, COVARIANCES), "agree on K"),
         (lambda: MixtureEpsilon(torch.tensor([1.0, 0.0, 1.0]), MEANS, COVARIANCES), "weights must be positive"),
         (lambda: EmpiricalEpsilon(torch.zeros(3)), "shape"),
+        (lambda: EmpiricalEpsilon(torch.zeros(3, 4, dtype=torch.int64)), "int64"),
     ],
 )
 def test_bad_parameters_are_refused(make, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises((ValueError, TypeError), match=says):
         make()

@@ -121,6 +121,28 @@ def test_comparisons_measure_what_they_say(weights, tmp_path):
         assert (tmp_path / "f.png").stat().st_size > 3000
 
 
+def test_a_failed_reference_is_no_reference():
+    """A sample whose reference fails is left out and named; its neighbours keep their errors."""
+    schedule = ddim_ode.NoiseSchedule.linear()
+
+    def eps(x_bar, sigma):
+        bad = (x_bar[:, :1, :1, :1] > 3.2) & (0.30 < sigma < 0.35)
+        return torch.where(bad, math.nan, sigma * x_bar / (0.5 + sigma**2))
+
+    latent = ddim_ode.noise((1, 8, 8), 3, 0)
+    latent[1, 0, 0, 0] = 4.9
+    field = ddim_ode.EpsilonField.from_sigma(eps, schedule)
+    exact = reference(field, latent, nfe=80)
+    assert bool(exact.x[1].isnan().all())
+    assert exact.difference < 1e-3
+    found = compare(field, latent, torch.zeros(2, 1, 8, 8), ["ab3"], [5], exact=exact)
+    assert found.record["reference"]["failed"] == [1]
+    (row,) = found.record["rows"]
+    truth = 0.5**0.5 * latent[[0, 2]] / (1 + 0.5 / schedule.sigma_max**2) ** 0.5
+    run = ddim_ode.sample(field, latent[[0, 2]], nfe=5, solver="ab3")
+    assert row["rms"] == pytest.approx(float((run.x - truth).square().mean().sqrt()), rel=2e-2)
+
+
 def test_failed_samples_are_nan_not_numbers():
     field = ddim_ode.EpsilonField(lambda x, t: x * math.nan, ddim_ode.NoiseSchedule.linear(), shape=(1, 8, 8))
     latent = ddim_ode.noise((1, 8, 8), 2, 0)

@@ -1,5 +1,7 @@
 """The command line, as scripts use it."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -21,6 +23,12 @@ def model(tmp_path):
     torch.manual_seed(0)
     save_model(tmp_path / "m.safetensors", build(SMALL), SMALL)
     return str(tmp_path / "m.safetensors")
+
+
+@pytest.fixture
+def latent(tmp_path):
+    np.save(tmp_path / "latent.npy", np.random.default_rng(1).standard_normal((2, 1, 8, 8)))
+    return str(tmp_path / "latent.npy")
 
 
 @pytest.fixture
@@ -48,6 +56,27 @@ def test_compare_writes_everything(model, images, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["rows"]
 
 
+def test_compare_with_gaps_repeats_and_any_grid(model, images, tmp_path, capsys):
+    common = ["compare", "--model", model, "--images", images, "--n", "1", "--n-images", "1", "--reference-nfe", "8"]
+    common += ["--out", str(tmp_path / "out"), "--json"]
+
+    def rows(*arguments):
+        assert main([*common, *arguments]) == 0
+        return [(r["solver"], r["nfe"], r["calls"]) for r in json.loads(capsys.readouterr().out)["rows"]]
+
+    found = rows("--grid", "released-quadratic", "--solvers", "ddim,heun,ddim", "--nfe", "4,6,4")
+    assert found == [("ddim", 4, 4), ("ddim", 6, 6), ("heun", 4, 4), ("heun", 6, 6)]
+    assert rows("--solvers", "heun", "--nfe", "1,2") == [("heun", 1, None), ("heun", 2, 2)]
+
+
+def test_compare_refuses_a_budget_before_any_work(images, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ddim_ode.cli.reference", lambda *_, **__: pytest.fail("work was done"))
+    common = ["compare", "--model", model, "--images", images, "--out", str(tmp_path / "out"), "--solvers", "heun"]
+    assert main([*common, "--nfe", "4,2002"]) == 2
+    assert "--nfe 2002 with heun: steps = 1001" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_sample_encode_decode(model, images, tmp_path, capsys):
     common = ["--model", model, "--nfe", "4"]
     assert main(["sample", *common, "--n", "3", "--seed", "5", "--out", str(tmp_path / "s.npz")]) == 0
@@ -67,6 +96,51 @@ def test_sample_encode_decode(model, images, tmp_path, capsys):
     assert (record["command"], record["nfe"], record["seed"], record["samples"]) == ("sample", 4, 0, 2)
     assert record["sample"] == {"solver": "deisx4", "grid": "quadratic", "steps": 4, "nfe": 4}
     assert {"commit", "state_dtype", "network_dtype", "schedule", "threads"} <= record.keys()
+
+
+@pytest.mark.parametrize("out", ["new/", "new", "there.npz", "new.d/"])
+def test_a_folder_of_pictures_goes_out_and_comes_back(out, model, latent, images, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.npz").mkdir()
+    common = ["--model", model, "--nfe", "2"]
+    assert main(["sample", *common, "--n", "3", "--out", out]) == 0
+    names = ["00000.png", "00001.png", "00002.png"]
+    assert sorted(p.name for p in (tmp_path / out).iterdir()) == names
+    drawn = ddim_ode.sample(ddim_ode.load(model), n=3, nfe=2).x
+    np.testing.assert_array_equal(data.read_images(out), data.to_uint8(drawn))
+    assert main(["encode", *common, "--images", out, "--out", "z.npy"]) == 0
+    assert np.load("z.npy").shape == (3, 1, 8, 8)
+    assert main(["interpolate", *common, "--pairs", "1", "--points", "3", "--out", out]) == 0  # it takes their places
+    capsys.readouterr()
+    assert main(["decode", *common, "--latent", latent, "--out", out]) == 2  # two more would mix with these three
+    assert "other pictures, such as 00002.png" in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path / out).iterdir()) == names
+    assert main(["decode", *common, "--latent", latent, "--out", "two/"]) == 0
+    assert data.read_images("two").shape == (2, 1, 8, 8)
+
+
+def test_a_seed_is_recorded_only_where_something_was_drawn(model, latent, images, tmp_path, capsys):
+    common = ["--model", model, "--nfe", "2", "--seed", "99", "--json", "--out", str(tmp_path / "a.npz")]
+    paths = ["interpolate", "--pairs", "1", "--points", "2"]
+    for drawn, given in ((["sample"], ["--latent", latent]), (paths, ["--images", images])):
+        for more, seed in (([], 99), (given, None)):
+            assert main([*drawn, *common, *more]) == 0
+            assert json.loads(capsys.readouterr().out)["seed"] == seed
+
+
+def test_a_terminal_that_lacks_letters(model, tmp_path, monkeypatch):
+    def printed(*arguments):
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+        with contextlib.suppress(SystemExit):  # argparse's way out of --help
+            assert main(arguments) == 0
+        sys.stdout.flush()
+        return sys.stdout.buffer.getvalue().decode("ascii")
+
+    assert "Adams?Bashforth" in printed("solvers")
+    assert "(1 + ?" in printed("train", "--help")
+    out = str(tmp_path / "σ.npz")
+    record = printed("sample", "--model", model, "--nfe", "2", "--n", "1", "--json", "--out", out)
+    assert json.loads(record)["out"] == out  # a record loses nothing
 
 
 def test_it_is_a_module_too():
@@ -138,19 +212,44 @@ def test_solvers_lists_them(capsys):
         (["compare", "--n-images", "0"], "--n-images"),
         (["compare", "--grid", "karas"], "did you mean karras"),
         (["sample", "--device", "cuda:99"], "--device cuda:99 cannot be used here"),
-        (["sample", "--out", "."], "images are written as"),
+        (["sample", "--device", "meta"], "--device meta cannot be used here"),
+        (["encode", "--out", "."], "latents are written as"),
+        (["encode", "--out", "OUT/z.npz/"], "latents are written as"),
+        (["sample", "--batch-size", "0"], "--batch-size takes whole numbers of at least 1"),
+        (["reconstruct", "--batch-size", "0"], "--batch-size"),
+        (["sample", "--model", "MODEL", "--latent", "LATENT", "--n", "3"], "contradicts the 2 latents"),
+        (["decode", "--latent", "LATENT"], "the latents are (1, 8, 8), but the model takes (1, 28, 28)"),
+        (["decode", "--model", "MODEL", "--latent", "TEXT"], "must hold real numbers, but its dtype is <U4"),
+        (["encode", "--images", "TEXT"], "must hold real numbers"),
+        (["interpolate", "--pairs", "0"], "--pairs"),
+        (["interpolate", "--pairs", "-1"], "--pairs takes whole numbers of at least 1, but got -1"),
+        (["interpolate", "--images", "IMAGES", "--points", "1"], "--points takes whole numbers of at least 2"),
+        (["interpolate", "--model", "MODEL", "--images", "IMAGES", "--pairs", "3"], "needs 6 images"),
+        (["compare", "--nfe", "4,1500"], "--nfe 1500 with default"),
+        (["compare", "--reference-nfe", "0"], "--reference-nfe"),
+        (["compare", "--solvers", "default", "--grid", "karas"], "did you mean karras"),
+        (["train", "--data", "IMAGES", "--rank", "6", "--groups", "3"], "groups"),
+        (["train", "--data", "IMAGES", "--rank", "6", "--seed", "-1"], "seed"),
+        (["train", "--data", "IMAGES", "--rank", "6", "--save-every", "0", "--out", "OUT/a/b"], "save_every"),
         (["train", "--data", "IMAGES", "--rank", "6", "--steps", "0"], "steps must be"),
         (["compare", "--solvers", "ddim,abb3"], "did you mean ab3"),
         (["compare", "--out", "FILE/out"], "cannot write to the output folder"),
         (["reconstruct", "--out", "FILE/out"], "cannot write to the output folder"),
+        (["train", "--data", "WIDE", "--rank", "6"], "square images"),
         (["train", "--out", "FILE/out", "--data", "IMAGES", "--rank", "6"], "cannot write to the output folder"),
     ],
 )
-def test_bad_requests_are_refused_and_leave_nothing(arguments, says, images, tmp_path, capsys, monkeypatch):
+def test_bad_requests_are_refused_and_leave_nothing(
+    arguments, says, model, latent, images, tmp_path, capsys, monkeypatch
+):
     out = tmp_path / "out"
     (tmp_path / "file").write_text("in the way")
+    np.save(tmp_path / "text.npy", np.array(["text"]))
+    np.save(tmp_path / "wide.npy", np.zeros((4, 1, 8, 10), dtype=np.uint8))
+    there = set(tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)
-    places = {"OUT": str(out), "IMAGES": images, "FILE": str(tmp_path / "file")}
+    places = {"OUT": str(out), "IMAGES": images, "FILE": str(tmp_path / "file"), "MODEL": model, "LATENT": latent}
+    places |= {"TEXT": str(tmp_path / "text.npy"), "WIDE": str(tmp_path / "wide.npy")}
     for short, place in places.items():
         arguments = [a.replace(short, place) for a in arguments]
     assert main(arguments) == 2
@@ -158,9 +257,14 @@ def test_bad_requests_are_refused_and_leave_nothing(arguments, says, images, tmp
     assert error.startswith("ddim-ode: ")
     assert says in error
     assert "Traceback" not in error
-    written = [p for p in tmp_path.rglob("*") if p.is_file() and p.name not in ("file", "images.npz")]
-    assert not written
-    assert not out.exists()
+    assert set(tmp_path.rglob("*")) == there
+
+
+def test_a_folder_that_was_there_stays(model, latent, tmp_path):
+    (tmp_path / "there").mkdir()
+    out = str(tmp_path / "there" / "new" / "newer" / "a.png")
+    assert main(["sample", "--model", model, "--latent", latent, "--n", "3", "--out", out]) == 2
+    assert not list((tmp_path / "there").iterdir())
 
 
 def test_a_failed_sample_sets_the_exit_code(tmp_path, model, capsys, monkeypatch):

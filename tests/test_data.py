@@ -75,6 +75,52 @@ def test_sheets(tmp_path):
     np.testing.assert_array_equal(sheet[8:14, 9:16], GREY[3, 0])
 
 
+@pytest.mark.parametrize("images", [GREY, COLOUR], ids=["grey", "colour"])
+def test_what_is_written_as_png_comes_back(tmp_path, images):
+    data.write_images(tmp_path / "one.png", data.as_tensor(images[:1]))
+    one = data.read_images(tmp_path / "one.png")
+    assert one.flags.writeable  # else torch warns
+    np.testing.assert_array_equal(one, images[:1])
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    data.write_images(folder, data.as_tensor(images))
+    assert sorted(p.name for p in folder.iterdir()) == [f"0000{i}.png" for i in range(5)]
+    np.testing.assert_array_equal(data.read_images(folder), images)
+    assert data.picture_names(100_001)[9:11] == ["000009.png", "000010.png"]  # still in order
+
+
+def test_a_folder_of_pictures_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    save, saved = Image.Image.save, []
+
+    def full_disk(picture, *arguments, **options):
+        saved.append(picture)
+        save(picture, *arguments, **options)
+        if len(saved) == 3:
+            raise OSError("no space left")
+
+    monkeypatch.setattr(Image.Image, "save", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        data.write_images(tmp_path, data.as_tensor(GREY))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("dtype", "becomes"), [(np.longdouble, "=f8"), (">f8", "=f8"), (">f4", "=f4"), (">f2", "=f2")])
+def test_arrays_come_in_a_dtype_that_torch_has(tmp_path, dtype, becomes):
+    floats = np.linspace(-1.0, 1.0, 16).reshape(1, 1, 4, 4)
+    np.save(tmp_path / "a.npy", floats.astype(dtype))
+    read = data.read_array(tmp_path / "a.npy")
+    assert read.dtype == np.dtype(becomes)
+    assert data.as_tensor(data.read_images(tmp_path / "a.npy")).shape == (1, 1, 4, 4)
+    np.testing.assert_array_equal(read, floats.astype(becomes))
+
+
+@pytest.mark.parametrize("array", [np.array(["text"]), np.array([1j]), np.array([None]), np.zeros(1, "M8[s]")])
+def test_what_is_no_number_is_refused(tmp_path, array):
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(ValueError, match=r"a\.npy (must hold real numbers|cannot be read as an array: Object arrays)"):
+        data.read_array(tmp_path / "a.npy")
+
+
 def test_fashion_mnist_is_found_where_it_is_said_to_be(tmp_path, monkeypatch):
     monkeypatch.setenv("FASHION_MNIST", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="dataset-fashion-mnist"):
@@ -104,7 +150,7 @@ def test_bad_files_are_refused(tmp_path):
     refused("cut-ubyte.gz", gzip.compress(idx(GREY))[:-9], "not a whole gzip")
     refused("labels-ubyte", b"\x00\x00\x08\x01\x00\x00\x00\x01a", "not an idx file of uint8 images")
     np.savez(tmp_path / "whole.npz", images=GREY)
-    refused("cut.npz", (tmp_path / "whole.npz").read_bytes()[:-40], "not a whole array file")
+    refused("cut.npz", (tmp_path / "whole.npz").read_bytes()[:-40], "cannot be read as an array")
     np.savez(tmp_path / "two.npz", a=GREY, b=GREY)
     with pytest.raises(ValueError, match="several arrays"):
         data.read_images(tmp_path / "two.npz")
@@ -132,5 +178,5 @@ def test_bad_outputs_are_refused(tmp_path):
         data.write_images(tmp_path / "a.png", torch.zeros(1, 2, 2, 2))
     (tmp_path / "a.npz").mkdir()
     with pytest.raises(OSError, match="directory"):
-        data.write_images(tmp_path / "a.npz", torch.zeros(1, 1, 2, 2))
+        data.write_array(tmp_path / "a.npz", torch.zeros(1, 1, 2, 2), "latent")
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]

@@ -193,6 +193,21 @@ def test_compiled_networks_give_the_same():
         (lambda: EpsilonField(torch.sin, LINEAR, label="round"), ValueError, "fractional"),
         (lambda: EpsilonField(torch.sin, LINEAR, guidance_scale=2.0), ValueError, "null_condition"),
         (lambda: EpsilonField.from_sigma(3.0, LINEAR), TypeError, "callable"),
+        (lambda: EpsilonField(torch.sin, "linear"), TypeError, "schedule must be a NoiseSchedule"),
+        (lambda: EpsilonField(torch.sin, NoiseSchedule.edm(), label="nearest"), ValueError, "whole numbers"),
+        (lambda: EpsilonField(torch.sin, LINEAR, condition=3), TypeError, "condition must be a tensor"),
+        (lambda: EpsilonField(torch.sin, LINEAR, condition=torch.tensor(3)), TypeError, "one row a sample"),
+        (
+            lambda: EpsilonField(
+                torch.sin, LINEAR, condition=torch.ones(1, 2), null_condition=torch.ones(1, 3), guidance_scale=2.0
+            ),
+            ValueError,
+            "rows of one shape",
+        ),
+        (lambda: EpsilonField(torch.sin, LINEAR, guidance_scale=np.nan), ValueError, "finite"),
+        (lambda: EpsilonField(torch.sin, LINEAR, autocast=True), TypeError, "autocast must be a floating dtype"),
+        (lambda: EpsilonField(torch.sin, LINEAR, dtype=torch.int32), TypeError, "dtype must be a floating dtype"),
+        (lambda: EpsilonField(torch.sin, LINEAR, shape=4), TypeError, r"such as \(4,\)"),
         (
             lambda: EpsilonField(lambda x, t: x[:, :1], LINEAR)(X, 1.0),
             ValueError,
@@ -210,6 +225,12 @@ def test_compiled_networks_give_the_same():
 def test_bad_use_is_refused(make, error, says):
     with pytest.raises(error, match=says):
         make()
+
+
+def test_channels_last_leaves_other_layers_alone():
+    network = nn.Sequential(nn.Conv3d(1, 1, 1), nn.Conv2d(4, 4, 3))
+    EpsilonField(network, LINEAR, channels_last=True)
+    assert network[1].weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_training_mode_with_dropout_is_warned_about():

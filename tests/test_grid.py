@@ -66,6 +66,14 @@ def test_even_spacings():
     assert even(LINEAR.t(Grid.make("t", LINEAR, 9).sigmas))
 
 
+def test_equal_numbers_for_equal_schedules_are_equal_grids():
+    one, other = (Grid.make("karras", NoiseSchedule.linear(), 5) for _ in range(2))
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one != Grid.explicit(one.sigmas, NoiseSchedule.edm(0.002, 200.0))
+    assert one != one.reversed()
+
+
 def test_grids_are_immutable():
     grid = Grid.explicit([3.0, 2.0, 0.5], LINEAR)
     with pytest.raises(ValueError, match="read-only"):
@@ -83,6 +91,7 @@ def test_grids_are_immutable():
         ([1.0, np.nan], "finite"),
         ([1.0, -1.0], "negative"),
         ([200.0, 0.0], "sigma_max"),
+        ([LINEAR.sigma_max * (1 + 5e-7), LINEAR.sigma_max * (1 + 1e-7), 0.0], "strictly"),
     ],
 )
 def test_bad_sigmas_are_refused(sigmas, says):

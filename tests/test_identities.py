@@ -506,6 +506,53 @@ def test_weights_of_deis(schedule, k, times, encoding):
         assert numbers == pytest.approx([1.0, *wanted], rel=1e-9, abs=1e-10)
 
 
+# Members with a node at σ = 0: what a run stores, P, g, and y at each node as a multiple of what is stored.
+AT_ZERO = {
+    "noise, arctan": (
+        {"clock": "arctan"}, lambda x, eps, s: eps, lambda s, to: 1.0, lambda s: 1.0, lambda s: 1.0, math.atan,
+    ),
+    "noise, t": ({"clock": "t"}, lambda x, eps, s: eps, lambda s, to: 1.0, lambda s: 1.0, lambda s: 1.0, None),
+    "x̂₀, t": ({"clock": "t", "linear": DATA}, denoised, lambda s, to: to / s, lambda s: -1.0 / s, lambda s: 1.0, None),
+    "x̂₀ − x̄, arctan": (
+        {"clock": "arctan", "quantity": "data"}, lambda x, eps, s: eps, lambda s, to: 1.0, lambda s: -1.0 / s, lambda s: -s,
+        math.atan,
+    ),
+    "Gaussian, σ": (
+        {"linear": _gaussian(0.5)}, _pull(0.5), _flow(0.5), lambda s: 1.0, lambda s: 1.0, lambda s: s,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+@pytest.mark.parametrize("member", AT_ZERO)
+def test_weights_of_steps_that_have_left_zero(schedule, member, k):
+    """The evaluation at σ = 0 is a node like any other; where y = −σε, it says that y is 0 there."""
+    options, stored, propagator, g, turn, u = AT_ZERO[member]
+    u = u or schedule.t
+    sigmas = [0.0, 0.2, 0.7, 1.1, 2.0]
+    found = propagator_and_weights(Multistep(k, **options), Grid.explicit(sigmas, schedule), stored)
+    for n in range(1, 4):
+        s, to = sigmas[n], sigmas[n + 1]
+        past = sigmas[max(0, n + 1 - k) : n + 1][::-1]
+        nodes = [float(u(x)) for x in past]
+        wanted = [
+            turn(x) * integral(lambda v, j=j: propagator(v, to) * g(v) * lagrange(j, nodes, float(u(v))), s, to)  # noqa: B023
+            for j, x in enumerate(past)
+        ]
+        numbers = found[n][0][: 1 + len(past)]
+        assert numbers == pytest.approx([propagator(s, to), *wanted], rel=1e-8, abs=1e-9)
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_last_step_of_deis_on_x0_is_the_polynomial_at_zero(schedule, k):
+    """P → 0, and x̄ becomes the value at t = 0 of the polynomial through the last k x̂₀: the default's last step."""
+    sigmas = [3.0, 1.5, 0.8, 0.3, 0.0]
+    numbers, unexplained = propagator_and_weights(get(f"deisx{k}"), Grid.explicit(sigmas, schedule), denoised)[-1]
+    nodes = [schedule.t(s) for s in sigmas[:-1][::-1][:k]]
+    assert numbers == pytest.approx([0.0, *(lagrange(j, nodes, 0.0) for j in range(k))], abs=1e-10)
+    assert unexplained < 1e-13
+
+
 def test_last_step_of_dpm_solver_pp_lands_on_the_denoised(schedule):
     """P → 0 at σ = 0, where log σ has no polynomial left to offer: x̄ becomes x̂₀."""
     numbers, unexplained = propagator_and_weights(

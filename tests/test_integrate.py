@@ -76,16 +76,27 @@ def test_a_model_that_returns_its_input_does_no_harm(solver):
 @pytest.mark.parametrize("clock", ["sigma", "t", "log", "variance", "arctan", "asinh"])
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_every_member_reaches_and_leaves_sigma_zero(linear, quantity, clock, k):
-    """Some members cannot be accurate there; none may divide by zero, and those with finite pieces are right."""
+    """Those whose rest is infinite there are refused; all others are right."""
     member = Multistep(k, clock=clock, linear=linear, quantity=quantity)
     nodes = np.append(np.linspace(2.0, 0.02, 100) ** 2 / 2.0, 0.0)
+    if linear is DATA and quantity != "data":
+        with pytest.raises(ValueError, match="cannot touch sigma = 0"):
+            integrate(FIELD, X, nodes, member)
+        assert integrate(FIELD, X, nodes[:-1], member).success
+        return
     down = integrate(FIELD, X, nodes, member)
     up = integrate(FIELD, X, nodes[::-1], member)
-    assert down.success
-    assert up.success
-    if quantity == "noise" and linear is not DATA:
-        torch.testing.assert_close(down.x_bar, EXACT.solution(X, 2.0, 0.0), rtol=0.05, atol=0.02)
-        torch.testing.assert_close(up.x_bar, EXACT.solution(X, 0.0, 2.0), rtol=0.05, atol=0.02)
+    torch.testing.assert_close(down.x_bar, EXACT.solution(X, 2.0, 0.0), rtol=0.05, atol=0.02)
+    torch.testing.assert_close(up.x_bar, EXACT.solution(X, 0.0, 2.0), rtol=0.05, atol=0.02)
+
+
+def test_a_dtype_that_cannot_hold_the_states_is_refused():
+    cosine = NoiseSchedule.cosine()
+    field = EpsilonField(lambda x, t: x, cosine)
+    with pytest.raises(ValueError, match="cannot hold states at sigma = "):
+        integrate(field, X, [cosine.sigma_max, 0.0], dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"x_bar, as torch.float16, must be finite"):
+        integrate(field, 1e6 * X, [1.0, 0.0], dtype=torch.float16)
 
 
 def test_callbacks_see_every_step():
@@ -155,6 +166,7 @@ def test_a_sample_that_fails_at_once_keeps_its_start():
         ({"sigmas": [1e9, 1.0]}, ValueError, "sigma_max"),
         ({"solver": "abb3"}, ValueError, "unknown solver 'abb3': did you mean ab3"),
         ({"solver": 3}, TypeError, "name or a Solver"),
+        ({"sigmas": "karras"}, TypeError, r"a rule's grid is Grid.make"),
     ],
 )
 def test_bad_input_is_refused_before_any_call(change, error, says):

@@ -24,11 +24,13 @@ from benchmarks.convergence import (
     LOW,
     PROBLEMS,
     STEPS,
+    STEPS_TO_ZERO,
     cases,
     errors,
     expected_order,
     measured_order,
     sigma_grid,
+    smooth_at_zero,
 )
 from ddim_ode import EpsilonField, Multistep, NoiseSchedule, RungeKutta, integrate, solvers
 from ddim_ode.models.analytic import GaussianEpsilon
@@ -48,6 +50,32 @@ def test_measured_order_is_the_stated_one(problems, name, grid, direction, probl
     solver = CASES[name]
     found = measured_order(errors(problems[problem], solver, grid, direction))
     assert found == pytest.approx(expected_order(solver, problem), abs=0.2)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(
+    "name", ["ddim", "pf-euler", "ab3-rk", "arctan4-rk", "deisx2", "deisx3-rk", "deisx4-rk", "heun", "rk4"]
+)
+def test_order_holds_down_to_sigma_zero(problems, name, grid, direction):
+    """For those that are smooth there: the DATA members in the clock t, which are the defaults, among them."""
+    solver = CASES[name]
+    assert smooth_at_zero(solver)
+    assert (
+        measured_order(errors(problems["mixture"], solver, grid, direction, STEPS_TO_ZERO, 0.0)) > solver.order - 0.45
+    )
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("name", ["deis3-rk", "dpmpp3m-rk"])
+def test_other_clocks_need_a_grid_that_shrinks_towards_zero(problems, name, direction):
+    """ε in t starts like √t, and log σ does not reach 0: on even steps the last or first few are of lower order."""
+    solver = CASES[name]
+    assert not smooth_at_zero(solver)
+    found = {g: measured_order(errors(problems["mixture"], solver, g, direction, STEPS_TO_ZERO, 0.0)) for g in GRIDS}
+    assert found["uniform"] < 2.2
+    assert found["jittered"] < 2.2
+    assert found["quadratic"] > 2.55
 
 
 def test_every_named_solver_is_a_case():

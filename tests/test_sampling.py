@@ -104,17 +104,26 @@ def test_conditions_follow_their_samples_through_batches():
 
 
 def test_conditions_follow_a_failed_sample_into_its_second_run():
-    condition = torch.tensor([0.0, 1.0, 0.0])
+    # The second of five in batches of two; and the second of the second batch.
+    condition = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0])
 
     def model(x, t, c):
         c = c.reshape(-1, 1, 1, 1)
         return torch.where((c > 0.5) & (t.reshape(-1, 1, 1, 1) < 300.0), torch.nan, 0.1 * x)
 
     field = EpsilonField(model, LINEAR, condition=condition)
+    latent = ddim_ode.noise(SHAPE, 5, 0)
     for batch_size in (None, 2):
-        run = ddim_ode.sample(field, LATENT, nfe=10, solver="ddim", grid="linear", batch_size=batch_size)
-        assert [s.name for s in run.status] == ["SUCCESS", "NONFINITE", "SUCCESS"]
-        assert run.sigma[1] == pytest.approx(LINEAR.sigma(300))
+        run = ddim_ode.sample(field, latent, nfe=10, solver="ddim", grid="linear", batch_size=batch_size)
+        assert [bool(s) for s in run.status] == [False, True, False, True, False]
+        assert [run.sigma[i] for i in (1, 3)] == pytest.approx([LINEAR.sigma(300)] * 2)
+    start = latent[[0, 1]] * LINEAR.sigma_max
+    for rows in (slice(0, None, 3), slice(2, None, 1), torch.tensor([4, 3])):
+        part = condition[rows][:2]
+        if part.numel() == len(condition[rows]):
+            run = ddim_ode.integrate(field, start, ddim_ode.Grid.make("linear", LINEAR, 10), rows=rows)
+            for i, c in enumerate(part.tolist()):
+                assert run.sigma[i] == pytest.approx(LINEAR.sigma(300) if c else 0.0)
 
 
 def test_conditions_that_do_not_fit_are_refused_before_any_call():
@@ -191,6 +200,16 @@ def test_a_run_says_which_solver_made_it():
     assert ddim_ode.encode(FIELD, IMAGES, nfe=3, solver="ab3-rk", batch_size=1).solver == "ab3-rk"
 
 
+def test_an_inner_state_is_no_latent_and_is_not_warned_about():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ddim_ode.sample(FIELD, 0.5 * IMAGES, grid=[0.1, 0.05, 0.0])
+
+
+def test_an_error_of_images_that_require_grad_is_a_number():
+    assert not ddim_ode.round_trip(FIELD, IMAGES.clone().requires_grad_(), nfe=4).mse.requires_grad
+
+
 def test_float32_states():
     run = ddim_ode.sample(FIELD, LATENT, nfe=10, dtype=torch.float32)
     assert run.x.dtype == torch.float32
@@ -225,6 +244,12 @@ def test_float32_states():
         (lambda: ddim_ode.encode(FIELD, IMAGES.clone().fill_(torch.nan)), ValueError, "images must be finite"),
         (lambda: ddim_ode.interpolate(FIELD, LATENT, LATENT[:2]), ValueError, "one shape"),
         (lambda: ddim_ode.interpolate(FIELD, LATENT, LATENT, 1), ValueError, "at least 2"),
+        (lambda: ddim_ode.interpolate(FIELD, 0 * LATENT, LATENT), ValueError, "zeros"),
+        (lambda: slerp(LATENT.float(), -LATENT.float(), 0.5), ValueError, "opposite"),
+        (lambda: ddim_ode.sample(FIELD, n=2, nfe=2.5, grid=[3.0, 1.0, 0.0]), ValueError, "nfe must be a whole number"),
+        (lambda: ddim_ode.sample(FIELD, [[1.0]], n=4), TypeError, "torch tensor"),
+        (lambda: ddim_ode.noise(SHAPE, 1, 0, first=-1), ValueError, "first must be"),
+        (lambda: ddim_ode.encode(FIELD, IMAGES, data_range=(0.0, 0.0)), ValueError, "two numbers that rise"),
         (lambda: ddim_ode.interpolate(FIELD, LATENT, -LATENT), ValueError, r"a\[\d\] and b\[\d\] point in opposite"),
     ],
 )

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from ddim_ode import NoiseSchedule
 
@@ -53,6 +54,14 @@ def test_inverse_between_the_nodes(name):
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_inverse_from_the_other_side(name):
+    """Below the first trained level too, where a table says nothing."""
+    schedule = ALL[name]
+    sigma = schedule.sigma_max * np.geomspace(1e-9, 1.0, 4001)
+    np.testing.assert_allclose(schedule.sigma(schedule.t(sigma)), sigma, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_slope_is_the_derivative(name):
     schedule = ALL[name]
     t = np.linspace(0.15, 0.93, 7) * schedule.T + 0.013
@@ -78,6 +87,11 @@ def test_config_makes_it_again(name):
     again = NoiseSchedule.from_config(schedule.config)
     t = np.linspace(0, schedule.T, 50)
     np.testing.assert_array_equal(again.sigma(t), schedule.sigma(t))
+
+
+def test_tables_may_be_any_tensor():
+    table = torch.tensor([0.9, 0.5, 0.25], dtype=torch.bfloat16, requires_grad=True)
+    assert NoiseSchedule.from_alphas_cumprod(table).alphas_cumprod.tolist() == table.tolist()
 
 
 def test_config_is_plain_data_whatever_came_in():
@@ -108,6 +122,8 @@ def test_bad_tables_are_refused(table, says):
         (lambda: NoiseSchedule.linear(1000, 0.0, 0.02), "beta"),
         (lambda: NoiseSchedule.continuous(2.0, 1.0), "beta_min < beta_max"),
         (lambda: NoiseSchedule.continuous(t_min=0.0), "t_min"),
+        (lambda: NoiseSchedule.continuous(0.1, 1e4), "infinite"),
+        (lambda: NoiseSchedule.cosine(max_beta=1.0), "cap it below 1"),
         (lambda: NoiseSchedule.edm(2.0, 1.0), "sigma_min < sigma_max"),
         (lambda: NoiseSchedule.from_config({"kind": "square"}), "square"),
         (lambda: NoiseSchedule.from_config({"kind": "edm", "T": 5}), "does not fit the schedule kind 'edm'"),

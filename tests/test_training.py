@@ -71,6 +71,75 @@ def test_a_run_goes_on_under_its_own_options_only(tmp_path):
     assert log(tmp_path)[-1][0] == "9"
 
 
+def test_other_images_are_another_run(tmp_path):
+    train(network(), IMAGES, LINEAR, tmp_path, OPTIONS)
+    with pytest.raises(ValueError, match="on other images"):
+        train(network(), IMAGES[::-1], LINEAR, tmp_path, replace(OPTIONS, steps=9))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(tmp_path):
+    def poison(step, loss):
+        if step == 5:
+            with torch.no_grad():
+                made.conv_in.weight.fill_(torch.nan)
+
+    made = network()
+    with pytest.raises(ValueError, match=r"the loss became nan before step 8; the checkpoint of step 4 is kept"):
+        train(made, IMAGES, LINEAR, tmp_path, OPTIONS, save_every=4, progress=poison)
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert kept["step"] == 4
+    assert all(bool(x.isfinite().all()) for x in kept["network"].values())
+
+
+def test_dropout_resumes_too(tmp_path):
+    def dropping():
+        torch.manual_seed(0)
+        return UNet(1, 8, 8, (1, 2), attention=(4,), groups=4, dropout=0.3)
+
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+    whole = train(dropping(), IMAGES, LINEAR, tmp_path / "whole", replace(OPTIONS, cooldown=0.0))
+    train(dropping(), IMAGES, LINEAR, tmp_path / "parts", replace(OPTIONS, cooldown=0.0, steps=4))
+    torch.manual_seed(99)
+    resumed = train(dropping(), IMAGES, LINEAR, tmp_path / "parts", replace(OPTIONS, cooldown=0.0))
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_files_writes_them(tmp_path):
+    train(network(), IMAGES, LINEAR, tmp_path, OPTIONS)
+    seen = []
+    train(network(), IMAGES, LINEAR, tmp_path, OPTIONS, on_save=lambda average, step: seen.append(step))
+    assert seen == [8]
+
+
+def test_lines_beyond_the_checkpoint_are_dropped(tmp_path):
+    train(network(), IMAGES, LINEAR, tmp_path, replace(OPTIONS, steps=4), save_every=2)
+    with open(tmp_path / "log.csv", "a", encoding="utf-8") as file:
+        file.write("6,0.1,0.1,0.1\n")
+    train(network(), IMAGES, LINEAR, tmp_path, replace(OPTIONS, steps=6), save_every=2)
+    assert [row[0] for row in log(tmp_path)] == ["step", "2", "4", "6"]
+
+
+def test_the_average_is_one_and_gradients_are_clipped(tmp_path):
+    """By hand, from the weights after each update."""
+    states, norms, made = [], [], network()
+
+    def watch(step, loss):
+        states.append(weights(made).clone())
+
+    for parameter in made.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: norms.append(p.grad.norm()))
+    options = replace(OPTIONS, ema=0.6, clip=1e-9, lr=1e-3, warmup=1, cooldown=0.0)
+    average = weights(network())
+    result = train(made, IMAGES, LINEAR, tmp_path, options, progress=watch)
+    for step, state in enumerate(states, start=1):
+        decay = min(0.6, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * state
+    torch.testing.assert_close(weights(result), average, rtol=1e-5, atol=1e-6)
+    # AdamW's step is lr · m/(√v + 1e-8): with gradients clipped to 1e-9 in all, far below lr.
+    assert float((states[0] - weights(network())).detach().abs().max()) < 0.2 * 1e-3
+
+
 def test_a_continuous_schedule_is_refused(tmp_path):
     with pytest.raises(ValueError, match="discrete"):
         train(network(), IMAGES, NoiseSchedule.edm(), tmp_path, OPTIONS)
@@ -128,7 +197,19 @@ def test_sigma_loss_of_an_exact_model_is_known():
         assert loss == pytest.approx(variance / (variance + sigma**2), rel=0.03)
 
 
-@pytest.mark.parametrize("bad", [{"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"ema": 1.5}, {"cooldown": -0.1}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"steps": 0},
+        {"batch_size": 0},
+        {"lr": 0.0},
+        {"ema": 1.5},
+        {"cooldown": -0.1},
+        {"gamma": np.nan},
+        {"lr": np.inf},
+        {"seed": -1},
+    ],
+)
 def test_bad_options_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         TrainingOptions(**bad)

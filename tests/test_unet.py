@@ -105,6 +105,23 @@ def test_residual_keeps_its_precision_under_autocast():
     torch.testing.assert_close(cast, wrapped(x, t), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ({"width": 0}, "width must be a whole number"),
+        ({"width": 2, "groups": 1}, "at least 4"),
+        ({"groups": 3}, "must divide every width"),
+        ({"groups": 0}, "groups must be"),
+        ({"patch": 0}, "patch must be"),
+        ({"blocks": 0}, "blocks must be"),
+        ({"multipliers": ()}, "must divide"),
+    ],
+)
+def test_sizes_that_make_no_network_are_refused(bad, says):
+    with pytest.raises(ValueError, match=says):
+        UNet(**({"resolution": 8, "width": 8, "multipliers": (1, 2), "groups": 4} | bad))
+
+
 def test_sizes_that_cannot_be_halved_are_refused():
     with pytest.raises(ValueError, match="cannot be halved 2 times"):
         UNet(1, 30, 8, (1, 2, 2), groups=4)

@@ -159,10 +159,13 @@ class EmpiricalEpsilon:
 
     Notes
     -----
-    At σ = 0 it returns zeros, the limit of ε on the data themselves; elsewhere there is no limit.
+    At σ = 0 it returns zeros; ε has no limit there that is a function of x̄. A method with a stage at σ = 0 (Heun's,
+    Kutta's) asks for it, and does not land on the data; one that asks at the start of its steps only does.
     """
 
     def __init__(self, data: Tensor, chunk: int = 8192) -> None:
+        if not (data.is_floating_point() or data.dtype == torch.uint8):
+            raise TypeError(f"data must be floats, or uint8 images, but its dtype is {data.dtype}: convert it")
         if data.ndim < 2 or data.shape[0] < 1:
             raise ValueError(f"data must have shape (N, *d) with N >= 1, but its shape is {tuple(data.shape)}")
         self.shape = tuple(data.shape[1:])
@@ -201,7 +204,8 @@ class _Placed:
         key = (x.device, x.dtype)
         if key not in self.copies:
             placed = tuple(t.to(x.device, x.dtype) for t in self.tensors)
-            if any(isinstance(t, FakeTensor) for t in placed):  # they must not outlive their mode
+            # Fake tensors must not outlive their mode, nor inference tensors theirs.
+            if any(isinstance(t, FakeTensor) for t in placed) or torch.is_inference_mode_enabled():
                 return placed
             self.copies[key] = placed
         return self.copies[key]

@@ -60,9 +60,8 @@ def load(model: str | os.PathLike[str], *, device: str | torch.device = "cpu", *
         raise FileNotFoundError(
             f"no model {str(model)!r}: it is neither a file nor a bundled network ({', '.join(bundled()) or 'none'})"
         )
-    network, description = _read(path)
-    schedule = NoiseSchedule.from_config(description["schedule"])
-    return EpsilonField(network.to(device), schedule, shape=tuple(description["shape"]), **options)
+    network, schedule, shape = _read(path)
+    return EpsilonField(network.to(device), schedule, shape=shape, **options)
 
 
 def build(description: dict[str, Any]) -> nn.Module:
@@ -107,10 +106,11 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     return _open(Path(path))[1]
 
 
-def _read(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+def _read(path: Path) -> tuple[nn.Module, NoiseSchedule, tuple[int, ...]]:
     tensors, description = _open(path)
     try:
-        network = build(description)
+        network, schedule = build(description), NoiseSchedule.from_config(description["schedule"])
+        shape = tuple(map(int, description["shape"]))
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} does not describe a network this version can build: {error!r}") from error
     wanted = network.state_dict()
@@ -121,7 +121,7 @@ def _read(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     if odd:
         raise ValueError(f"{path} does not fit the network it describes: other shapes in {odd[:3]}")
     network.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()})
-    return network.eval().requires_grad_(False), description
+    return network.eval().requires_grad_(False), schedule, shape
 
 
 def _open(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ddim_ode.schedule import NoiseSchedule
+from ddim_ode.schedule import NoiseSchedule, whole
 
 __all__ = ["UNet", "GaussianResidual", "timestep_embedding"]
 
@@ -206,24 +206,26 @@ class UNet(nn.Module):
         in_channels: int | None = None,
     ) -> None:
         super().__init__()
+        counts = {
+            "channels": channels,
+            "resolution": resolution,
+            "width": width,
+            "blocks": blocks,
+            "groups": groups,
+            "patch": patch,
+        }
+        for name, value in counts.items():
+            whole(value, name)
+        if width < 4:
+            raise ValueError(f"width must be at least 4, for a time embedding of sines and cosines, but got {width}")
+        if not multipliers or any(width * whole(m, "each multiplier") % groups for m in multipliers):
+            raise ValueError(f"groups = {groups} must divide every width, {width} times {tuple(multipliers)}")
         inner = resolution // patch
         if resolution % patch or inner % 2 ** (len(multipliers) - 1):
             raise ValueError(
                 f"resolution {resolution} with patch {patch} cannot be halved {len(multipliers) - 1} times: "
                 "use fewer multipliers, another patch, or padded images"
             )
-        self.config = {
-            "channels": channels,
-            "resolution": resolution,
-            "width": width,
-            "multipliers": list(multipliers),
-            "blocks": blocks,
-            "attention": list(attention),
-            "groups": groups,
-            "dropout": dropout,
-            "patch": patch,
-            "in_channels": in_channels,
-        }
         self.shape = (channels, resolution, resolution)
         self.width, self.patch = width, patch
         time = 4 * width

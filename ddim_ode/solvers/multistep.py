@@ -26,6 +26,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ddim_ode.grid import Grid
+from ddim_ode.schedule import whole
 from ddim_ode.solvers.base import Clock, Field, Solver, clock
 from ddim_ode.solvers.runge_kutta import KUTTA3, MIDPOINT, RungeKutta, _Stages, combine, run_stages
 
@@ -171,7 +172,8 @@ class Gaussian(Linear):
         placed = tuple(
             None if x is None else x.to(like.device, like.dtype) for x in (self.mean, self.variance, self.basis)
         )
-        if not any(isinstance(x, FakeTensor) for x in placed):  # fake tensors must not outlive their mode
+        # Fake tensors must not outlive their mode, nor inference tensors theirs.
+        if not any(isinstance(x, FakeTensor) for x in placed) and not torch.is_inference_mode_enabled():
             self._placed[key] = placed  # type: ignore[attr-defined]
         return placed  # type: ignore[return-value]
 
@@ -272,9 +274,12 @@ class Multistep(Solver):
 
     Notes
     -----
-    A step that touches σ = 0 uses order 1 where its clock is infinite there (log σ), and eq. 13 where the
-    integral would diverge. ``score`` cannot leave σ = 0: ε/σ does not exist there, so an encoding run starts
-    at the first σ above it, from the data as it is, and that step costs no call.
+    The order is that of grids whose σ stay away from 0. A step that touches σ = 0 uses order 1 where its clock is
+    infinite there (log σ), and eq. 13 where the integral would diverge; and in a clock that is not smooth there (t: ε
+    starts like √t) the steps next to 0 are of lower order too: docs/solvers.md has the measured orders. ``score`` cannot
+    leave σ = 0: ε/σ does not exist there, so an encoding run starts at the first σ above it, from the data as it is, and
+    that step costs no call. Under :data:`DATA` the quantities ``noise`` and ``score`` are infinite at σ = 0, and grids
+    that touch it are refused.
     """
 
     k: int = 1
@@ -286,8 +291,12 @@ class Multistep(Solver):
     source: str = "the multistep family, docs/solvers.md"
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or not 1 <= self.k <= 4:
+        k = whole(self.k, "k, the order of a multistep member,")
+        if k > 4:
             raise ValueError(f"k, the order of a multistep member, must be 1, 2, 3 or 4, but got {self.k!r}")
+        object.__setattr__(self, "k", k)
+        if not isinstance(self.linear, Linear):
+            raise TypeError(f"linear must be NOISE, DATA, a Gaussian or a Linear of your own, but got {self.linear!r}")
         if self.start not in ("ramp", "rk"):
             raise ValueError(f'start must be "ramp" or "rk", but got {self.start!r}')
         if self.quantity is None:
@@ -368,6 +377,11 @@ class Multistep(Solver):
 @lru_cache(maxsize=64)
 def _plan(member: Multistep, grid: Grid) -> tuple[_Step | _Stages, ...]:
     sigmas = grid.sigmas
+    if member.linear.singular and member.quantity != "data" and sigmas.min() == 0.0:
+        raise ValueError(
+            f"{member.name} cannot touch sigma = 0: the rest of eq. 14 without its {member.linear.name} part, as "
+            f'{member.quantity!r}, is infinite there and no polynomial follows it; use quantity="data", or a grid that stays above 0'
+        )
     u = clock(member.clock, grid.schedule)
     with np.errstate(divide="ignore"):
         ticks = np.asarray(u.u(sigmas), dtype=np.float64)

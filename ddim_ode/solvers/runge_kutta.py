@@ -33,7 +33,7 @@ class Tableau:
     name : str
         What the method is called.
     order : int
-        The order it claims; the conditions up to order 4 are checked.
+        The order it claims, 1 to 4: all its conditions are checked.
     a : tuple of tuple of float
         Strictly lower triangle, row i with i entries; row 0 is empty.
     b : tuple of float
@@ -54,6 +54,10 @@ class Tableau:
     source: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "a", tuple(tuple(map(float, row)) for row in self.a))
+        object.__setattr__(self, "b", tuple(map(float, self.b)))
+        if not 1 <= self.order <= 4:
+            raise ValueError(f"tableau {self.name} claims order {self.order}, but conditions are checked up to order 4")
         if [len(row) for row in self.a] != list(range(len(self.b))):
             raise ValueError(f"tableau {self.name}: row i of a must hold i entries, for {len(self.b)} stages")
         a, b, c = self.matrix, np.array(self.b), np.array(self.c)
