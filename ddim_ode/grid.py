@@ -89,12 +89,14 @@ class Grid:
         return Grid(self.sigmas[::-1], self.schedule, self.name)
 
     def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
         if not isinstance(other, Grid) or not np.array_equal(self.sigmas, other.sigmas):
             return False
         return self.schedule is other.schedule or self.schedule.config == other.schedule.config
 
     def __hash__(self) -> int:
-        return hash((self.schedule.sigma_max, self.sigmas.tobytes()))
+        return hash(self.sigmas.tobytes())
 
     def __repr__(self) -> str:
         return f"<Grid {self.name}: {self.steps} steps, sigma {self.sigmas[0]:.6g} -> {self.sigmas[-1]:.6g}>"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import operator
 from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
@@ -81,11 +82,11 @@ class NoiseSchedule(ABC):
     def _slope(self, t: Array) -> Array: ...
 
     # -- what everyone asks ---------------------------------------------------------------------
-    @property
+    @cached_property
     def sigma_min(self) -> float:
         return self.sigma(self.t_min)
 
-    @property
+    @cached_property
     def sigma_max(self) -> float:
         return self.sigma(self.T)
 
