@@ -16,17 +16,17 @@ lint: .venv/dev                     ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: .venv/peers                  ## measured orders, and overhead beside the peers: about five minutes
+bench: .venv/peers                  ## measured orders, and overhead beside the peers: about eight minutes
 	$(BIN)/python -m benchmarks.convergence
 	$(BIN)/python -m benchmarks.overhead
 
-bench-defaults: .venv/dev           ## which solver and grid are the defaults, and their gain over DDIM: about an hour
+bench-defaults: .venv/dev           ## which solver and grid are the defaults, and their gain over DDIM: half an hour
 	$(BIN)/python -m benchmarks.defaults
 
 bench-network: .venv/dev            ## the bundled network's loss beside the mixture's: about half an hour
 	$(BIN)/python -m benchmarks.network_loss
 
-train: .venv/base                   ## train the bundled network again: about half an hour; resumes
+train: .venv/base                   ## train the bundled network again: an hour and a half; resumes
 	$(BIN)/ddim-ode train --data fashion-mnist --out out/fashion-mnist $(shell cat ddim_ode/models/bundled/fashion-mnist.options)
 
 clean:
