@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench bench-defaults bench-network train clean
+.PHONY: demo test test-slow lint bench bench-defaults bench-network train clean
 
 demo: .venv/base                    ## compare solvers on the bundled network: a table, figures and JSON in out/demo
 	$(BIN)/ddim-ode compare --out out/demo
 
 test: .venv/dev                     ## the tests, a few minutes on two cores
 	$(BIN)/pytest
+
+test-slow: .venv/dev                ## the tests that take minutes: training interrupted at random, ten times each way
+	$(BIN)/pytest -m slow
 
 lint: .venv/dev                     ## format, lint and types
 	$(BIN)/ruff format --check .

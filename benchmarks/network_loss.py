@@ -19,7 +19,7 @@ import torch
 import ddim_ode
 from benchmarks.problems import fashion_mixture
 from ddim_ode.comparison import circumstances
-from ddim_ode.data import find_fashion_mnist
+from ddim_ode.datasets import dataset
 from ddim_ode.files import output_folder, write_json
 from ddim_ode.training import sigma_loss
 
@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     out = output_folder(options.out)
     field, mixture = ddim_ode.load(options.model), fashion_mixture()
-    images = find_fashion_mnist("test")
+    images = dataset("fashion-mnist", "test").images
     sigmas = [*(10.0**EXPONENTS).tolist(), field.schedule.sigma_max]
     network = sigma_loss(field, images, sigmas)
     # float64: at large σ the mixture's responsibilities come from differences of large numbers.

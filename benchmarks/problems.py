@@ -18,7 +18,7 @@ from torch import Tensor
 import ddim_ode
 from ddim_ode import EpsilonField, NoiseSchedule
 from ddim_ode.comparison import reference
-from ddim_ode.data import find_fashion_mnist
+from ddim_ode.datasets import dataset
 from ddim_ode.files import output_folder, replacing
 from ddim_ode.models.analytic import MixtureEpsilon
 
@@ -66,7 +66,7 @@ def fashion_mixture(path: Path = FASHION_MIXTURE) -> MixtureEpsilon:
     """
     if not path.exists():
         print(f"fitting the mixture of Fashion-MNIST: about ten minutes, kept in {path}")
-        images = find_fashion_mnist("train").reshape(60_000, -1).astype(np.float32) / 127.5 - 1.0
+        images = dataset("fashion-mnist").images.reshape(60_000, -1).astype(np.float32) / 127.5 - 1.0
         mixture = _fit(images, (1, 28, 28), floor=1e-4)
         output_folder(path.parent)
         covariances = (mixture.bases * mixture.variances[:, None]) @ mixture.bases.transpose(1, 2)

@@ -1,33 +1,38 @@
 """``ddim-ode``: the package at a terminal.
 
 Exit codes: 0, all well; 1, the work was done but some samples failed (they are named); 2, the request could not
-be carried out, and no result was written; 130, interrupted.
+be carried out, and no result was written; 130, interrupted; 143, training stopped by SIGTERM, its state saved.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import io
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from tqdm import tqdm
 
 import ddim_ode
-from ddim_ode import data, plotting
+from ddim_ode import data, datasets, plotting
+from ddim_ode.checking import check
 from ddim_ode.comparison import circumstances, compare, reference
 from ddim_ode.field import EpsilonField
 from ddim_ode.files import output_folder, to_json, write_json
 from ddim_ode.grid import Grid, grids
 from ddim_ode.models.checkpoints import build, bundled, load, save_model
+from ddim_ode.models.pipelines import ModelWarning
 from ddim_ode.models.unet import GaussianResidual
 from ddim_ode.sampling import DEFAULTS, decode, encode, interpolate, noise, plan, round_trip, sample
 from ddim_ode.schedule import NoiseSchedule
@@ -162,7 +167,7 @@ def _sample(o: argparse.Namespace) -> int:
     options = _run_options(o, field, "sample")
     _check_out(o, _shape(field), len(latent))
     run = sample(field, latent, n=o.n, **options)
-    data.write_images(o.out, run.x)
+    data.write_images(o.out, _pictures(field, run.x))
     return _report(o, field, {"sample": run})
 
 
@@ -171,7 +176,7 @@ def _decode(o: argparse.Namespace) -> int:
     latent, options = _latent(o, field), _run_options(o, field, "sample")
     _check_out(o, _shape(field), len(latent))
     run = decode(field, latent, **options)
-    data.write_images(o.out, run.x)
+    data.write_images(o.out, _pictures(field, run.x))
     return _report(o, field, {"decode": run})
 
 
@@ -224,11 +229,24 @@ def _interpolate(o: argparse.Namespace) -> int:
         runs["encode"] = encode(field, images[: 2 * pairs], **options)
         ends = runs["encode"].x
     run = interpolate(field, ends[0::2], ends[1::2], points, **options)
-    data.write_images(o.out, run.x, columns=points)
+    data.write_images(o.out, _pictures(field, run.x), columns=points)
     return _report(o, field, runs | {"interpolate": run})
 
 
 def _train(o: argparse.Namespace) -> int:
+    if "RANK" not in os.environ:
+        return _train_here(o)
+    # torchrun: one process a device, or several on the CPU.
+    if o.device == "cuda":
+        o.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    distributed.init_process_group("nccl" if o.device.startswith("cuda") else "gloo")
+    try:
+        return _train_here(o)
+    finally:
+        distributed.destroy_process_group()
+
+
+def _train_here(o: argparse.Namespace) -> int:
     device, images = _device(o.device), _dataset(o.data)
     schedule = NoiseSchedule.linear() if o.schedule == "linear" else NoiseSchedule.cosine()
     if images.shape[2] != images.shape[3]:
@@ -278,24 +296,71 @@ def _train(o: argparse.Namespace) -> int:
         field = EpsilonField(average, schedule, shape=shape)
         data.write_images(out / "samples.png", sample(field, n=16, seed=0, nfe=20, batch_size=16).x)
 
-    with tqdm(total=o.steps, desc="train", unit="step", disable=None) as bar:
+    first = int(os.environ.get("RANK", "0")) == 0
+    caught: list[int] = []
+    reached = 0
+
+    def catch(number: int, _: Any) -> None:
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+
+    with tqdm(total=o.steps, desc="train", unit="step", disable=None if first else True) as bar:
 
         def progress(step: int, loss: float) -> None:
+            nonlocal reached
+            reached = step
             bar.update(step - bar.n)
             bar.set_postfix(loss=f"{loss:.4f}")
 
-        train(
-            network,
-            images,
-            schedule,
-            out,
-            options,
-            device=device,
-            save_every=o.save_every,
-            on_save=on_save,
-            progress=progress,
-        )
+        before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            train(
+                network,
+                images,
+                schedule,
+                out,
+                options,
+                device=device,
+                save_every=o.save_every,
+                on_save=on_save,
+                progress=progress,
+                stop=lambda: bool(caught),
+            )
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if caught and reached < o.steps:
+            print(f"ddim-ode: stopped at step {reached}; the same command goes on from there", file=sys.stderr)
+            return 128 + caught[0]
+    if not first:
+        return 0
     print(f"written to {out}: model.safetensors, checkpoint.pt, log.csv, network.json, samples.png")
+    return 0
+
+
+def _check(o: argparse.Namespace) -> int:
+    field = _field(o)
+    report = check(field, _images(o, field, _whole(str(o.n), "--n")), seed=o.seed)
+    if o.json:
+        findings = [asdict(finding) for finding in report.findings]
+        record = {"command": "check", "model": o.model, "ok": report.ok, "nfe": report.nfe, "notes": field.notes}
+        print(to_json(record | {"findings": findings, "seed": o.seed} | circumstances(field)))
+    else:
+        print(report)
+    return 0 if report.ok else 1
+
+
+def _data(o: argparse.Namespace) -> int:
+    rows = []
+    for name in datasets.datasets():
+        folder = datasets.find(name)
+        rows.append({"name": name, "folder": None if folder is None else str(folder), "how": datasets.how(name)})
+    if o.json:
+        print(to_json(rows))
+        return 0
+    print(f"looked in: {', '.join(str(root) for root in datasets.roots())}")
+    for row in rows:
+        print(f"{row['name']:<14} " + (row["folder"] or f"not here: {row['how']}"))
     return 0
 
 
@@ -315,7 +380,40 @@ def _solvers(o: argparse.Namespace) -> int:
 
 # -- what they share ----------------------------------------------------------------------------
 def _field(o: argparse.Namespace) -> EpsilonField:
-    return load(o.model, device=_device(o.device))
+    options = _model_options(o.model_options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ModelWarning)  # they are among the notes
+        field = load(o.model, device=_device(o.device), **options)
+    for note in field.notes:
+        print(f"ddim-ode: note: {note}", file=sys.stderr)
+    return field
+
+
+def _model_options(text: str | None) -> dict[str, Any]:
+    """``--model-options``: arguments of ``load`` as JSON, or ``@`` and a file of it."""
+    if text is None:
+        return {}
+    try:
+        options = json.loads(Path(text[1:]).read_text("utf-8") if text.startswith("@") else text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f'--model-options is not JSON ({error}): write it as \'{{"prediction": "sample"}}\''
+        ) from error
+    if not isinstance(options, dict):
+        raise ValueError(f"--model-options must be a JSON object, but is {text}")
+    known = {*inspect.signature(load).parameters, *inspect.signature(EpsilonField).parameters}
+    known -= {"model", "device", "options", "condition", "null_condition", "dtype", "autocast"}
+    for name in options:
+        if name not in known:
+            raise ValueError(f"--model-options does not know {name!r}: it has {', '.join(sorted(known))}")
+    if "schedule" in options:
+        options["schedule"] = NoiseSchedule.from_config(options["schedule"])
+    return options
+
+
+def _pictures(field: EpsilonField, x: Tensor) -> Tensor:
+    """What x shows: x itself, or what a latent-diffusion model's decoder makes of it."""
+    return x if field.codec is None else field.codec.decode(x)
 
 
 def _device(name: str) -> torch.device:
@@ -350,12 +448,13 @@ def _run_options(o: argparse.Namespace, field: EpsilonField, *directions: str) -
 
 
 def _images(o: argparse.Namespace, field: EpsilonField, count: int | None) -> Tensor:
-    """Images for a model: from ``--images``, else the bundled ones."""
-    images = data.bundled_images() if o.images is None else data.read_images(o.images)
-    shape = _shape(field)
+    """What a model takes for images: those of ``--images``, else the bundled ones."""
+    images = data.bundled_images() if o.images is None else datasets.images(o.images, "test")
+    shape = _shape(field) if field.codec is None else field.codec.shape
     if images.shape[1:] != shape:
         raise ValueError(f"the images are {images.shape[1:]} (C, H, W), but the model takes {shape}")
-    return data.as_tensor(images[:count]).to(field.device or "cpu")
+    tensor = data.as_tensor(images[:count]).to(field.device or "cpu")
+    return tensor if field.codec is None else field.codec.encode(tensor)
 
 
 def _latent(o: argparse.Namespace, field: EpsilonField) -> Tensor:
@@ -368,9 +467,7 @@ def _latent(o: argparse.Namespace, field: EpsilonField) -> Tensor:
 
 
 def _dataset(name: str) -> Any:
-    if name == "fashion-mnist":
-        return data.find_fashion_mnist("train")
-    return data.to_uint8(data.as_tensor(data.read_images(name)))
+    return data.to_uint8(data.as_tensor(datasets.images(name)))
 
 
 def _check_out(o: argparse.Namespace, shape: tuple[int, ...] | None, count: int = 0) -> None:
@@ -463,7 +560,14 @@ def _parser() -> argparse.ArgumentParser:
 
     def model(p: argparse.ArgumentParser) -> None:
         p.add_argument(
-            "--model", default="fashion-mnist", help=f"a bundled name ({', '.join(bundled())}) or a weights file"
+            "--model",
+            default="fashion-mnist",
+            help=f"a bundled name ({', '.join(bundled())}), a diffusers folder, or a file of weights",
+        )
+        p.add_argument(
+            "--model-options",
+            metavar="JSON",
+            help="what else ddim_ode.load takes, as JSON, or @file: schedule, prediction, …",
         )
         p.add_argument("--device", default="cpu", help="where the network runs, such as cuda")
         p.add_argument(
@@ -496,7 +600,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--nfe", default="5,10,20,50", help="budgets of model calls, comma-separated")
     p.add_argument("--grid", help=f"one of {', '.join(grids())} (default: {DEFAULTS['sample'][1]})")
     p.add_argument("--n", type=int, default=16, help="samples")
-    p.add_argument("--images", help="images to round-trip: a PNG, a folder, .npz, .npy or idx (default: bundled ones)")
+    p.add_argument(
+        "--images",
+        help="images to round-trip: a data set's name, a PNG, a folder, .npz, .npy or idx (default: bundled ones)",
+    )
     seed(p)
     p.add_argument("--n-images", type=int, default=8, help="how many of them")
     p.add_argument("--reference-nfe", type=int, default=400, help="calls for each of the two reference solutions")
@@ -510,7 +617,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("encode", _encode, "Encode images to their latents x_T.")
     method(p, "out/latents.npz")
-    p.add_argument("--images", help="a PNG, a folder, .npz, .npy or idx (default: bundled ones)")
+    p.add_argument("--images", help="a data set's name, a PNG, a folder, .npz, .npy or idx (default: bundled ones)")
 
     p = command("decode", _decode, "Decode latents to images.")
     method(p, "out/decoded.png")
@@ -518,7 +625,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("reconstruct", _reconstruct, "Encode images, decode them again, and measure what was lost.")
     method(p, "out/reconstruct")
-    p.add_argument("--images", help="a PNG, a folder, .npz, .npy or idx (default: bundled ones)")
+    p.add_argument("--images", help="a data set's name, a PNG, a folder, .npz, .npy or idx (default: bundled ones)")
 
     p = command("interpolate", _interpolate, "Decode spherical paths between latents.")
     method(p, "out/interpolation.png")
@@ -534,7 +641,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--data",
         default="fashion-mnist",
-        help="fashion-mnist, or a folder, .npz, .npy or idx of images; floats are rounded to 8 bits",
+        help="a data set's name, or a folder, .npz, .npy or idx of images; floats are rounded to 8 bits",
     )
     p.add_argument("--out", default="out/train", help="folder (default: out/train)")
     p.add_argument("--device", default="cpu", help="where, such as cuda")
@@ -571,6 +678,17 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--groups", type=int, default=8, help="groups of the group norms")
     p.add_argument("--dropout", type=float, default=0.0, help="dropout rate")
     p.add_argument("--patch", type=int, default=1, help="pixels a side folded into channels")
+
+    p = command(
+        "check", _check, "Compare what is declared of a model (labels, prediction, range, …) with what it does."
+    )
+    model(p)
+    seed(p)
+    p.add_argument("--images", help="images it was trained for: a data set's name, a PNG, a folder, .npz, .npy or idx")
+    p.add_argument("--n", type=int, default=48, help="how many of them")
+
+    p = command("data", _data, "Say which data sets are here, and how to get the others.")
+    p.add_argument("--json", action="store_true", help="print JSON")
 
     p = command("solvers", _solvers, "List the solvers: order, calls, source.")
     p.add_argument("--json", action="store_true", help="print JSON")

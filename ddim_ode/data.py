@@ -25,11 +25,12 @@ from ddim_ode.files import replacing
 __all__ = [
     "as_tensor",
     "bundled_images",
-    "find_fashion_mnist",
     "picture_names",
     "pictures",
     "read_array",
+    "read_idx",
     "read_images",
+    "read_picture",
     "to_uint8",
     "write_array",
     "write_images",
@@ -37,9 +38,6 @@ __all__ = [
 
 Uint8 = NDArray[np.uint8]
 Images = NDArray[Any]  # uint8, or floats in [−1, 1]
-
-#: Where Debian's package ``dataset-fashion-mnist`` puts its four files.
-_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 def as_tensor(images: Images, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -56,34 +54,6 @@ def to_uint8(images: Tensor) -> Uint8:
 def bundled_images() -> Uint8:
     """The first 64 test images of Fashion-MNIST, which come with the package: uint8 (64, 1, 28, 28)."""
     return read_images(Path(__file__).parent / "models" / "bundled" / "fashion-mnist-test-64.npz")
-
-
-def find_fashion_mnist(split: str = "train") -> Uint8:
-    """Fashion-MNIST as uint8 (N, 1, 28, 28): 60,000 training or 10,000 test images.
-
-    The four ``.gz`` files are looked for in the folder named by the environment variable
-    ``FASHION_MNIST``, else where Debian's package ``dataset-fashion-mnist`` puts them.
-
-    Parameters
-    ----------
-    split : {"train", "test"}
-        Which part.
-
-    Raises
-    ------
-    FileNotFoundError
-        If they are not there; the message says how to get them.
-    """
-    if split not in ("train", "test"):
-        raise ValueError(f'split must be "train" or "test", but got {split!r}')
-    folder = Path(os.environ.get("FASHION_MNIST", _FASHION_MNIST))
-    path = folder / f"{'train' if split == 'train' else 't10k'}-images-idx3-ubyte.gz"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"no Fashion-MNIST at {path}: install Debian's package dataset-fashion-mnist, or put the four files of "
-            "github.com/zalandoresearch/fashion-mnist in a folder and name it in the environment variable FASHION_MNIST"
-        )
-    return read_images(path)
 
 
 def read_images(path: str | os.PathLike[str]) -> Images:
@@ -108,7 +78,7 @@ def read_images(path: str | os.PathLike[str]) -> Images:
     if not path.exists():
         raise FileNotFoundError(f"no images at {path}: there is no such file or folder")
     if path.is_dir():
-        images = [_picture(p) for p in pictures(path)]
+        images = [read_picture(p) for p in pictures(path)]
         if not images:
             raise ValueError(f"{path} holds no picture files")
         shapes = {image.shape for image in images}
@@ -118,10 +88,10 @@ def read_images(path: str | os.PathLike[str]) -> Images:
             )
         return np.stack(images)
     if "-ubyte" in path.name or path.suffix == ".idx":
-        return _idx(path)
+        return read_idx(path, 3)[:, None]
     if path.suffix in (".npy", ".npz"):
         return _as_images(read_array(path), path)
-    return _picture(path)[None]
+    return read_picture(path)[None]
 
 
 def pictures(folder: Path) -> list[Path]:
@@ -227,7 +197,8 @@ def sheet(images: Uint8, columns: int | None = None, gap: int = 1) -> Uint8:
     return canvas[..., 0] if channels == 1 else canvas
 
 
-def _picture(path: Path) -> Uint8:
+def read_picture(path: Path) -> Uint8:
+    """One picture file as uint8 (C, H, W), with 1 channel or 3."""
     try:
         with Image.open(path) as image:
             if image.mode.startswith("I"):  # 16 bits a pixel
@@ -239,20 +210,22 @@ def _picture(path: Path) -> Uint8:
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
-def _idx(path: Path) -> Uint8:
+def read_idx(path: Path, ndim: int) -> Uint8:
+    """The array of an idx file of bytes, gzipped or not: `ndim` is 3 for images (N, H, W), 1 for labels (N,)."""
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole gzip file: {error}") from error
-    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or raw[3] != 3:
-        raise ValueError(f"{path} is not an idx file of uint8 images: its header is {raw[:4]!r}")
-    n, height, width = (int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(3))
-    if len(raw) != 16 + n * height * width:
-        raise ValueError(f"{path} says {n} images of {height}x{width} but holds {len(raw) - 16} bytes: it is cut short")
-    return (
-        np.frombuffer(raw, dtype=np.uint8, offset=16).reshape(n, 1, height, width).copy()
-    )  # writable, as torch wants it
+    if len(raw) < 4 + 4 * ndim or raw[:3] != b"\x00\x00\x08" or raw[3] != ndim:
+        what = {3: "images", 1: "labels"}[ndim]
+        raise ValueError(f"{path} is not an idx file of uint8 {what}: its header is {raw[:4]!r}")
+    shape = tuple(int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(ndim))
+    start, size = 4 + 4 * ndim, int(np.prod(shape))
+    if len(raw) != start + size:
+        wanted = "x".join(map(str, shape))
+        raise ValueError(f"{path} says {wanted} bytes but holds {len(raw) - start}: it is cut short")
+    return np.frombuffer(raw, dtype=np.uint8, offset=start).reshape(shape).copy()  # writable, as torch wants it
 
 
 def _as_images(array: NDArray[Any], path: Path) -> Images:

@@ -14,6 +14,7 @@ import difflib
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -22,44 +23,78 @@ from torch import Tensor, nn
 
 from ddim_ode.schedule import NoiseSchedule
 
-__all__ = ["EpsilonField", "PREDICTIONS"]
+__all__ = ["COORDINATES", "Codec", "EpsilonField", "PREDICTIONS"]
 
 
-def _score(sigma: float) -> tuple[float, float]:
-    return 0.0, -sigma / math.sqrt(1.0 + sigma**2)
-
-
-# ε = a x̄ + b · output, by σ, which the caller keeps at or above the first trained level.
+# ε = a x̄ + b · output, by σ, which the caller keeps at or above the first trained level. The score is that of x̄.
 PREDICTIONS: dict[str, Callable[[float], tuple[float, float]]] = {
     "epsilon": lambda sigma: (0.0, 1.0),
     "sample": lambda sigma: (1.0 / sigma, -1.0 / sigma),
     "v_prediction": lambda sigma: (sigma / (1.0 + sigma**2), 1.0 / math.sqrt(1.0 + sigma**2)),
-    "score": _score,
+    "score": lambda sigma: (0.0, -sigma),
     "flow": lambda sigma: (1.0 / (1.0 + sigma), 1.0 / (1.0 + sigma)),
+}
+
+#: What a network's input is, as a multiple of x̄, by σ.
+COORDINATES: dict[str, Callable[[float], float]] = {
+    "preserving": lambda sigma: (1.0 + sigma * sigma) ** -0.5,
+    "exploding": lambda sigma: 1.0,
+    "flow": lambda sigma: 1.0 / (1.0 + sigma),
 }
 
 Evaluate = Callable[[Tensor, float], Tensor]
 
 
+def as_epsilon(prediction: str, coordinates: str, sigma: float) -> tuple[float, float]:
+    """A and b in ε = a x̄ + b · output, at a σ no lower than the first trained level."""
+    a, b = PREDICTIONS[prediction](sigma)
+    # The score in x is that in x̄ over dx/dx̄.
+    return (a, b * COORDINATES[coordinates](sigma)) if prediction == "score" else (a, b)
+
+
+@dataclass(frozen=True)
+class Codec:
+    r"""Between images and the space that a latent-diffusion model works in.
+
+    Attributes
+    ----------
+    encode : callable
+        Images (B, C, H, W) in [−1, 1] to that space, (B, \*d).
+    decode : callable
+        And back, approximately.
+    shape : tuple of int
+        (C, H, W).
+    """
+
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    shape: tuple[int, ...]
+
+
 class EpsilonField:
-    r"""ε(x̄, σ) from a network in variance-preserving coordinates.
+    r"""ε(x̄, σ) from a network.
+
+    Networks of other makes have makers of their own: :meth:`from_denoiser`, :meth:`from_score`,
+    :meth:`from_velocity`, and :meth:`from_sigma` for an ε known in (x̄, σ).
 
     Parameters
     ----------
     model : callable
-        ``model(x, t)`` or, with a condition, ``model(x, t, condition)``: x (B, \*d) of variance about one,
+        ``model(x, t)`` or, with a condition, ``model(x, t, condition)``: x (B, \*d) in its `coordinates`,
         t (B,) the time label, 0-based and fractional (see `label`); it returns (B, \*d), a new tensor each time:
         multistep solvers keep it.
     schedule : NoiseSchedule
         The schedule the model was trained with.
     prediction : {"epsilon", "sample", "v_prediction", "score", "flow"}
-        What the model returns: ε; x₀; v = √α ε − √(1−α) x₀; the score ∇ log p(x) of the noised data; or the
-        velocity ε − x₀.
+        What the model returns: ε; x₀; v = √α ε − √(1−α) x₀; the score ∇ log p(x) of the noised data in the model's
+        own coordinates; or the velocity ε − x₀.
+    coordinates : {"preserving", "exploding", "flow"}
+        What x is: x̄/√(1 + σ²), of variance about one; x̄ = x₀ + σε itself; or x̄/(1 + σ) = (1 − t) x₀ + t ε, t = σ/(1 + σ).
     shape : tuple of int, optional
         Shape \*d of one sample; needed only to draw latents. Taken from ``model.shape`` if it has one.
-    label : {"fractional", "nearest"}
-        ``"nearest"`` rounds labels to integers (int64), for networks that index a table with them. It caps
-        the order any solver can show.
+    label : {"fractional", "nearest", "sigma"}
+        The schedule's label; that rounded to an integer (int64), for networks that index a table with it, which
+        caps the order any solver can show; or σ itself.
     dtype : torch.dtype, optional
         What the model computes in. By default that of its parameters; a model without parameters sees the
         state's.
@@ -80,6 +115,10 @@ class EpsilonField:
     ----------
     nfe : int
         Model calls so far; set it to 0 to count anew. A batch, doubled or not, is one call.
+    codec : Codec or None
+        Where x is not an image but a latent of one: the way between them.
+    notes : tuple of str
+        What a model's file asks for and this package does otherwise.
 
     Notes
     -----
@@ -93,8 +132,9 @@ class EpsilonField:
         schedule: NoiseSchedule,
         prediction: str = "epsilon",
         *,
+        coordinates: str = "preserving",
         shape: tuple[int, ...] | None = None,
-        label: Literal["fractional", "nearest"] = "fractional",
+        label: Literal["fractional", "nearest", "sigma"] = "fractional",
         dtype: torch.dtype | None = None,
         condition: Tensor | None = None,
         null_condition: Tensor | None = None,
@@ -105,12 +145,13 @@ class EpsilonField:
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, t), but got {type(model).__name__}")
-        if prediction not in PREDICTIONS:
-            close = difflib.get_close_matches(prediction, PREDICTIONS, n=1, cutoff=0.2)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ValueError(f"unknown prediction {prediction!r}: {hint}known are {', '.join(PREDICTIONS)}")
-        if label not in ("fractional", "nearest"):
-            raise ValueError(f'label must be "fractional" or "nearest", but got {label!r}')
+        for name, value, known in (("prediction", prediction, PREDICTIONS), ("coordinates", coordinates, COORDINATES)):
+            if value not in known:
+                close = difflib.get_close_matches(str(value), known, n=1, cutoff=0.2)
+                hint = f"did you mean {close[0]!r}? " if close else ""
+                raise ValueError(f"unknown {name} {value!r}: {hint}known are {', '.join(known)}")
+        if label not in ("fractional", "nearest", "sigma"):
+            raise ValueError(f'label must be "fractional", "nearest" or "sigma", but got {label!r}')
         if label == "nearest" and not schedule.discrete:
             raise ValueError(f'label="nearest" needs a schedule whose labels are whole numbers, but got {schedule!r}')
         for name, given in (("condition", condition), ("null_condition", null_condition)):
@@ -128,6 +169,7 @@ class EpsilonField:
                 )
         if autocast is not None and not (isinstance(autocast, torch.dtype) and autocast.is_floating_point):
             raise TypeError(f"autocast must be a floating dtype, such as torch.bfloat16, but got {autocast!r}")
+        self.coordinates = coordinates
         self.label = label
         self.condition, self.null_condition = condition, null_condition
         self.guidance_scale = float(guidance_scale)
@@ -163,12 +205,79 @@ class EpsilonField:
         field = cls.__new__(cls)
         if not callable(eps):
             raise TypeError(f"eps must be callable as eps(x_bar, sigma), but got {type(eps).__name__}")
-        field.label, field.guidance_scale, field.channels_last = "fractional", 1.0, False
+        field.label, field.guidance_scale, field.channels_last = "sigma", 1.0, False
+        field.coordinates = "exploding"
         field.condition = field.null_condition = field.autocast = None
         field._by_sigma = True
         field._attach(eps, schedule, "epsilon", shape, dtype)
         field._call = eps
         return field
+
+    @classmethod
+    def from_denoiser(cls, denoiser: Callable[..., Tensor], schedule: NoiseSchedule, **options: Any) -> EpsilonField:
+        r"""The field of a denoiser D(x̄, σ) ≈ E[x₀ | x̄], as EDM's networks and k-diffusion's wrappers are.
+
+        .. math:: \epsilon = (\bar x - D(\bar x, \sigma)) / \sigma
+
+        Parameters
+        ----------
+        denoiser : callable
+            ``denoiser(x_bar, sigma)``, or with a condition ``denoiser(x_bar, sigma, condition)``: x̄ = x₀ + σε (B, \*d),
+            σ (B,); it returns (B, \*d). Below ``schedule.sigma_min`` it is asked with that.
+        schedule : NoiseSchedule
+            What σ runs over: ``NoiseSchedule.edm(sigma_min, sigma_max)`` for EDM's.
+        **options
+            As for the class: ``shape``, ``dtype``, ``condition``, ``guidance_scale``, ``autocast``, ….
+        """
+        return cls(denoiser, schedule, "sample", coordinates="exploding", label="sigma", **options)
+
+    @classmethod
+    def from_score(
+        cls,
+        score: Callable[..., Tensor],
+        schedule: NoiseSchedule,
+        *,
+        coordinates: Literal["preserving", "exploding"] = "preserving",
+        **options: Any,
+    ) -> EpsilonField:
+        r"""The field of a score ∇ log p(x) of the noised data.
+
+        .. math:: \epsilon = -\sigma\, \nabla_{\bar x} \log p_\sigma(\bar x)
+
+        Parameters
+        ----------
+        score : callable
+            ``score(x, t)``: x (B, \*d), t (B,) the schedule's label: t in (0, 1] for ``NoiseSchedule.continuous``, σ for
+            ``NoiseSchedule.edm``.
+        schedule : NoiseSchedule
+            ``NoiseSchedule.continuous(0.1, 20.0)`` for score_sde's variance-preserving score functions, and
+            ``NoiseSchedule.edm(0.01, sigma_max)`` for its variance-exploding networks.
+        coordinates : {"preserving", "exploding"}
+            What x is, and hence what the score is the gradient in.
+        **options
+            As for the class.
+        """
+        return cls(score, schedule, "score", coordinates=coordinates, **options)
+
+    @classmethod
+    def from_velocity(
+        cls, velocity: Callable[..., Tensor], schedule: NoiseSchedule | None = None, **options: Any
+    ) -> EpsilonField:
+        r"""The field of a flow-matching (rectified-flow) velocity v ≈ E[ε − x₀ | x], x = (1 − t) x₀ + t ε.
+
+        .. math:: \epsilon = (\bar x + v) / (1 + \sigma), \qquad \sigma = t / (1 - t)
+
+        Parameters
+        ----------
+        velocity : callable
+            ``velocity(x, t)``: x (B, \*d), t (B,) in (0, 1), 0 at the data. Turn the time round in a line of your own
+            where it runs from noise to data.
+        schedule : NoiseSchedule, optional
+            By default ``NoiseSchedule.flow()``.
+        **options
+            As for the class.
+        """
+        return cls(velocity, schedule or NoiseSchedule.flow(), "flow", coordinates="flow", **options)
 
     def _attach(
         self,
@@ -190,6 +299,8 @@ class EpsilonField:
         self.model, self.schedule, self.prediction, self.nfe = model, schedule, prediction, 0
         self.shape = None if shape is None else tuple(int(n) for n in shape)
         self._dtype = dtype
+        self.codec: Codec | None = None
+        self.notes: tuple[str, ...] = ()
         if isinstance(model, nn.Module) and model.training:
             stochastic = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
             if any(isinstance(m, stochastic) for m in model.modules()):
@@ -282,11 +393,12 @@ class EpsilonField:
             condition = torch.cat((null, condition))  # type: ignore[arg-type]
         label_dtype = torch.int64 if self.label == "nearest" else torch.promote_types(dtype, torch.float32)
         table: dict[float, tuple[float, Tensor, float, float]] = {}
-        parts, sigma_min = PREDICTIONS[self.prediction], self.schedule.sigma_min
+        sigma_min = self.schedule.sigma_min
+        scaled = COORDINATES[self.coordinates]
 
         def learn(levels: Iterable[float]) -> None:
             values = np.fromiter(levels, dtype=np.float64)
-            labels = self.schedule.label(values)
+            labels = np.maximum(values, sigma_min) if self.label == "sigma" else self.schedule.label(values)
             if self.label == "nearest":
                 labels = np.rint(labels)
             # One tensor for all levels, a row each: one copy to the device, not one a level.
@@ -294,8 +406,8 @@ class EpsilonField:
             columns = columns.repeat(1, 2 * batch if doubled else batch)
             for sigma, t in zip(values.tolist(), columns.unbind(), strict=True):
                 # A network's σ is never below its first trained level: see the class's notes.
-                a, b = parts(max(sigma, sigma_min))
-                table[sigma] = ((1.0 + sigma * sigma) ** -0.5, t, a, b)
+                a, b = as_epsilon(self.prediction, self.coordinates, max(sigma, sigma_min))
+                table[sigma] = (scaled(sigma), t, a, b)
 
         learn(sigmas)
         call, plain, scale_by = self._call, self.prediction == "epsilon", self.guidance_scale
@@ -313,7 +425,7 @@ class EpsilonField:
             scale, t, a, b = entry
             self.nfe += 1
             if state == dtype:
-                x = x_bar * scale
+                x = x_bar * scale if scale != 1.0 else x_bar
             elif dtype == torch.float16:  # x̄ may be as large as σ_T, which float16 need not hold
                 x = (x_bar * scale).to(dtype)
             else:

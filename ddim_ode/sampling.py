@@ -177,7 +177,8 @@ def encode(
     images : Tensor
         x_0, (B, \*d); x at the grid's first σ, if that is not 0.
     data_range : (float, float) or None
-        What images (B, C, H, W) must lie in, up to rounding; None for no check.
+        What images (B, C, H, W) must lie in, up to rounding; None for no check, and none is made for a
+        latent-diffusion model, whose latents have no range.
     steps, nfe, solver, grid, dtype, batch_size, callback, progress, trajectory
         As for :func:`sample`; the default solver and grid are those of this direction.
 
@@ -193,7 +194,7 @@ def encode(
     """
     method, nodes = plan(field, "encode", solver, grid, steps, nfe)
     check_state(field, images, "images")
-    _check_range(images, data_range)
+    _check_range(images, None if field.codec is not None else data_range)
     start = to_dtype(images, dtype, nodes.sigmas[-1]) * math.sqrt(1.0 + nodes.sigmas[0] ** 2)
     return _in_batches(field, start, nodes, method, batch_size, callback, progress, trajectory)
 

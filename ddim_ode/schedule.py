@@ -43,7 +43,7 @@ class NoiseSchedule(ABC):
     r"""A smooth, increasing map from time to noise level, :math:`\sigma : [0, T] \to [0, \sigma_T]`.
 
     Make one with a class method: :meth:`linear` (the paper's), :meth:`scaled_linear`, :meth:`cosine`,
-    :meth:`from_alphas_cumprod`, :meth:`continuous` or :meth:`edm`.
+    :meth:`from_alphas_cumprod`, :meth:`continuous`, :meth:`edm` or :meth:`flow`.
 
     Attributes
     ----------
@@ -300,6 +300,22 @@ class NoiseSchedule(ABC):
         return _SigmaIsTime(float(sigma_min), float(sigma_max))
 
     @staticmethod
+    def flow(t_min: float = 1e-3, t_max: float = 0.999) -> NoiseSchedule:
+        r"""Flow matching: x = (1 − t) x₀ + t ε, so :math:`\sigma = t / (1 - t)`; the network's label is t itself [1]_.
+
+        Parameters
+        ----------
+        t_min, t_max : float
+            Ends of what is asked of the network, 0 < t_min < t_max < 1. At t = 1, pure noise, σ would be infinite:
+            the last σ is t_max/(1 − t_max), and x there is noise up to a share of 1 − t_max.
+
+        References
+        ----------
+        .. [1] Liu, Gong, Liu, "Flow Straight and Fast", 2023; Lipman et al., "Flow Matching for Generative Modeling", 2023.
+        """
+        return _Flow(float(t_min), float(t_max))
+
+    @staticmethod
     def from_config(config: dict[str, Any]) -> NoiseSchedule:
         """The schedule that has this :attr:`config`.
 
@@ -330,7 +346,7 @@ class NoiseSchedule(ABC):
         return 1.0 - table[1:] / table[:-1]
 
 
-_MAKERS = ("linear", "scaled_linear", "cosine", "from_alphas_cumprod", "continuous", "edm")
+_MAKERS = ("linear", "scaled_linear", "cosine", "from_alphas_cumprod", "continuous", "edm", "flow")
 
 
 class _Discrete(NoiseSchedule):
@@ -479,6 +495,28 @@ class _SigmaIsTime(NoiseSchedule):
 
     def _slope(self, t: Array) -> Array:
         return np.ones_like(t)
+
+
+class _Flow(NoiseSchedule):
+    discrete = False
+
+    def __init__(self, t_min: float, t_max: float) -> None:
+        if not 0.0 < t_min < t_max < 1.0:
+            raise ValueError(f"t_min and t_max must satisfy 0 < t_min < t_max < 1, but got {t_min}, {t_max}")
+        self.config = {"kind": "flow", "t_min": t_min, "t_max": t_max}
+        self.T, self.t_min = t_max, t_min
+
+    def _sigma(self, t: Array) -> Array:
+        return t / (1.0 - t)
+
+    def _t(self, sigma: Array) -> Array:
+        return sigma / (1.0 + sigma)
+
+    def _label(self, t: Array) -> Array:
+        return t
+
+    def _slope(self, t: Array) -> Array:
+        return (1.0 - t) ** -2.0
 
 
 def _from_betas(betas: Array, config: dict[str, Any]) -> NoiseSchedule:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ddim_ode.data import as_tensor
 from ddim_ode.files import replacing
@@ -113,6 +113,7 @@ def train(
     save_every: int = 500,
     on_save: Callable[[nn.Module, int], None] | None = None,
     progress: Callable[[int, float], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> nn.Module:
     """Train `network` in place and return its moving average; go on from ``out/checkpoint.pt`` if it is there.
 
@@ -134,14 +135,22 @@ def train(
     save_every : int
         Updates between checkpoints and log lines.
     on_save : callable, optional
-        ``on_save(average, step)`` after each checkpoint.
+        ``on_save(average, step)`` after each of these.
     progress : callable, optional
         ``progress(step, loss)`` after each update.
+    stop : callable, optional
+        Asked after each update: once true, a checkpoint is written and the run ends there.
 
     Returns
     -------
     Module
         The moving average of the weights, in evaluation mode.
+
+    Notes
+    -----
+    Under ``torchrun``, with a process group initialised, each process takes its share of every batch, gradients are
+    averaged, and the first process writes the files: the run is that of one process, up to rounding. `batch_size`
+    counts the images of all processes together.
 
     Raises
     ------
@@ -152,6 +161,9 @@ def train(
     whole(save_every, "save_every")
     if not schedule.discrete:
         raise ValueError(f"training needs a discrete schedule, but got {schedule!r}")
+    rank, world = (distributed.get_rank(), distributed.get_world_size()) if _many() else (0, 1)
+    if options.batch_size % world:
+        raise ValueError(f"batch_size must be a multiple of the {world} processes, but is {options.batch_size}")
     checkpoint, saved, mark = out / "checkpoint.pt", None, zlib.crc32(np.ascontiguousarray(images).data)
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -168,23 +180,29 @@ def train(
         average.load_state_dict(saved["average"])
         optimiser.load_state_dict(saved["optimiser"])
         step = saved["step"]
-        _keep_log(out / "log.csv", step)
+        if rank == 0:
+            _keep_log(out / "log.csv", step)
     run = torch.compile(network, dynamic=False) if options.compile else network
     parameters: list[Tensor] = list(network.parameters())
     averaged: list[Tensor] = list(average.parameters())
 
-    if step >= options.steps and on_save is not None:  # the last run may have been cut short just there
+    if step >= options.steps and rank == 0 and on_save is not None:  # the last run may have been cut short just there
         on_save(average, step)
-    losses: list[Tensor] = []
-    since = time.monotonic()
-    while step < options.steps:
-        x, t, noise, weight = _batch(images, variance, schedule, options, step, device)
-        torch.manual_seed(_seed(options.seed, step, 1))  # dropout's
+    # Losses and seconds since the last line of the log: with them a resumed run writes the lines it would have written.
+    losses: list[Tensor] = [] if saved is None else list(saved["losses"].unbind())
+    since = time.monotonic() - (0.0 if saved is None else saved["seconds"])
+    saved, stopped = None, False
+    while step < options.steps and not stopped:
+        batch = _batch(images, variance, schedule, options, step)
+        x, t, noise, weight = (part[rank::world].to(device) for part in batch)
+        torch.manual_seed(_seed(options.seed, step, rank))  # dropout's
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=options.autocast):
             predicted = run(x, t)
         squares = (predicted.to(torch.float32) - noise).square()
         (squares * weight).mean().backward()
         loss = squares.detach().mean()
+        if world > 1:
+            _average([loss, *(p.grad for p in parameters if p.grad is not None)], world)
         torch.nn.utils.clip_grad_norm_(parameters, options.clip)
         for group in optimiser.param_groups:
             group["lr"] = options.learning_rate(step)
@@ -196,26 +214,53 @@ def train(
         losses.append(loss)
         if progress is not None:
             progress(step, float(losses[-1]))
-        if step % save_every == 0 or step == options.steps:
-            row = [step, float(torch.stack(losses).mean()), options.learning_rate(step - 1), time.monotonic() - since]
-            if not math.isfinite(row[1]):
-                kept = (
-                    f"the checkpoint of step {step - len(losses)} is kept"
-                    if checkpoint.exists()
-                    else "nothing was kept"
-                )
-                raise ValueError(
-                    f"the loss became {row[1]} before step {step}; {kept}: try a smaller lr, in a new folder"
-                )
-            state: dict[str, Any] = {"network": network.state_dict(), "average": average.state_dict()}
-            state |= {"optimiser": optimiser.state_dict(), "step": step, "options": asdict(options), "images": mark}
-            with replacing(checkpoint) as temporary:
-                torch.save(state, temporary)
-            _append(out / "log.csv", row)
-            if on_save is not None:
-                on_save(average, step)
+        stopped = _any(stop(), device) if world > 1 else stop()
+        whole_line = step % save_every == 0 or step == options.steps
+        if not (whole_line or stopped):
+            continue
+        row = [step, float(torch.stack(losses).mean()), options.learning_rate(step - 1), time.monotonic() - since]
+        if not math.isfinite(row[1]):
+            kept = (
+                f"what was saved before step {step - len(losses) + 1} is kept"
+                if checkpoint.exists()
+                else "nothing was saved"
+            )
+            raise ValueError(f"the loss became {row[1]} before step {step}; {kept}: try a smaller lr, in a new folder")
+        if whole_line:
             losses, since = [], time.monotonic()
+        if rank > 0:
+            continue
+        state: dict[str, Any] = {"network": network.state_dict(), "average": average.state_dict()}
+        state |= {"optimiser": optimiser.state_dict(), "step": step, "options": asdict(options), "images": mark}
+        state |= {"losses": torch.stack(losses) if losses else torch.empty(0), "seconds": time.monotonic() - since}
+        if whole_line:
+            # Before the checkpoint: a line too many is dropped on resuming, a line too few is lost.
+            _append(out / "log.csv", row)
+        with replacing(checkpoint) as temporary:
+            torch.save(state, temporary)
+        if whole_line and on_save is not None:
+            on_save(average, step)
     return average
+
+
+def _many() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _average(tensors: list[Tensor], world: int) -> None:
+    """Replace tensors by their means over all processes, in one message."""
+    flat = torch.cat([x.flatten() for x in tensors])
+    distributed.all_reduce(flat)
+    flat /= world
+    for x, mean in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+        x.copy_(mean.view_as(x))
+
+
+def _any(flag: bool, device: str | torch.device) -> bool:
+    """Whether any process says so: all must stop at the same step."""
+    told = torch.tensor(float(flag), device=device)
+    distributed.all_reduce(told)
+    return bool(told > 0.0)
 
 
 def _check_options(before: dict[str, Any], options: TrainingOptions, out: Path) -> None:
@@ -266,7 +311,6 @@ def _batch(
     schedule: NoiseSchedule,
     options: TrainingOptions,
     step: int,
-    device: str | torch.device,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The noised images, labels, noise and weights of one update: a function of (seed, step)."""
     size, count = options.batch_size, len(images)
@@ -285,7 +329,7 @@ def _batch(
     noise = torch.randn(chosen.shape, generator=random)
     x = alpha.sqrt() * chosen + (1.0 - alpha).sqrt() * noise
     weight = (1.0 + (1.0 - alpha) / alpha / variance) ** options.gamma
-    return x.to(device), t.to(device, torch.float32), noise.to(device), weight.to(device)
+    return x, t.to(torch.float32), noise, weight
 
 
 def _seed(*key: int) -> int:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import ddim_ode
-from ddim_ode import data
+from ddim_ode import NoiseSchedule, data
 from ddim_ode.cli import main
 from ddim_ode.models.checkpoints import build, save_model
 from tests.test_checkpoints import SMALL
@@ -194,7 +194,7 @@ def test_solvers_lists_them(capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["sample", "--model", "no-such"], "neither a file nor a bundled network"),
+        (["sample", "--model", "no-such"], "neither a file, a folder, nor a bundled network"),
         (["sample", "--solver", "abb3"], "did you mean ab3"),
         (["sample", "--grid", "karas"], "did you mean karras"),
         (["sample", "--nfe", "0"], "does not pay for one step"),
@@ -272,3 +272,46 @@ def test_a_failed_sample_sets_the_exit_code(tmp_path, model, capsys, monkeypatch
     monkeypatch.setattr("ddim_ode.cli.load", lambda *_, **__: field)
     assert main(["sample", "--n", "2", "--nfe", "3", "--out", str(tmp_path / "s.npz")]) == 1
     assert "non-finite in samples 0, 1" in capsys.readouterr().err
+
+
+def test_data_says_what_is_here_and_how_to_get_the_rest(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ddim_ode.datasets._DEBIAN", tmp_path / "none")
+    monkeypatch.setenv("DDIM_ODE_DATA", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mnist").mkdir()
+    for stem in ("train", "t10k"):
+        (tmp_path / "mnist" / f"{stem}-images-idx3-ubyte").touch()
+    assert main(["data"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert str(tmp_path / "mnist") in next(line for line in lines if line.startswith("mnist"))
+    assert "torchvision.datasets.CIFAR10" in next(line for line in lines if line.startswith("cifar10"))
+    assert main(["data", "--json"]) == 0
+    assert {row["name"] for row in json.loads(capsys.readouterr().out)} == {"fashion-mnist", "mnist", "cifar10"}
+
+
+def test_models_of_others_at_the_terminal(tmp_path, capsys):
+    """Weights that do not say their schedule or classes: both are given, and what is assumed is said."""
+    from ddim_ode.models.guided import GuidedUNet
+
+    torch.manual_seed(0)
+    network = GuidedUNet(channels=1, width=32, multipliers=(1,), blocks=1, attention=(), classes=3)
+    torch.save(network.state_dict(), tmp_path / "guided.pt")
+    options = {"class_labels": [0, 2], "network": {"resolution": 8}, "schedule": NoiseSchedule.cosine(50).config}
+    (tmp_path / "options.json").write_text(json.dumps(options), "utf-8")
+    common = [
+        "sample",
+        "--model",
+        str(tmp_path / "guided.pt"),
+        "--n",
+        "2",
+        "--nfe",
+        "4",
+        "--out",
+        str(tmp_path / "s.npz"),
+    ]
+    assert main([*common, "--model-options", f"@{tmp_path / 'options.json'}", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["schedule"]["kind"] == "cosine"
+    assert "ddim-ode: note: weights that do not say whether they are an average" in printed.err
+    assert main(common) == 2
+    assert "class-conditional: give class_labels=" in capsys.readouterr().err

@@ -121,16 +121,6 @@ def test_what_is_no_number_is_refused(tmp_path, array):
         data.read_array(tmp_path / "a.npy")
 
 
-def test_fashion_mnist_is_found_where_it_is_said_to_be(tmp_path, monkeypatch):
-    monkeypatch.setenv("FASHION_MNIST", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="dataset-fashion-mnist"):
-        data.find_fashion_mnist()
-    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(GREY)))
-    np.testing.assert_array_equal(data.find_fashion_mnist("test"), GREY)
-    with pytest.raises(ValueError, match="split"):
-        data.find_fashion_mnist("validation")
-
-
 def test_bundled_images():
     images = data.bundled_images()
     assert images.shape == (64, 1, 28, 28)

@@ -1,5 +1,6 @@
 """The one owner of scaling, labels, number formats, prediction types and guidance."""
 
+import itertools
 import shutil
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+import ddim_ode
 from ddim_ode import EpsilonField, NoiseSchedule
 from ddim_ode.field import PREDICTIONS
+from ddim_ode.models.analytic import GaussianEpsilon
 
 LINEAR = NoiseSchedule.linear()
 X = torch.randn(3, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -225,6 +228,92 @@ def test_compiled_networks_give_the_same():
 def test_bad_use_is_refused(make, error, says):
     with pytest.raises(error, match=says):
         make()
+
+
+# -- networks of other makes --------------------------------------------------------------------
+EXACT = GaussianEpsilon(torch.tensor([0.3, -0.5, 0.1]), torch.tensor([0.2, 0.7, 1.5]))
+
+
+def _denoised(x_bar, sigma):
+    """E[x₀ | x̄] by the textbook: (λ x̄ + σ² μ)/(λ + σ²)."""
+    mean, variance = torch.tensor([0.3, -0.5, 0.1]).double(), torch.tensor([0.2, 0.7, 1.5]).double()
+    return (variance * x_bar + sigma**2 * mean) / (variance + sigma**2)
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.4, 3.0, 50.0])
+def test_other_makes_are_the_same_field(sigma):
+    """A denoiser, scores in both coordinates and a velocity, each asked with its own library's input and label."""
+    x_bar = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * (1 + sigma)
+    asked = []
+
+    def denoiser(x, s):
+        asked.append(("denoiser", x, s))
+        return _denoised(x, s.reshape(-1, 1))
+
+    def vp_score(x, t):  # of x = x̄ √α, with t in (0, 1]
+        asked.append(("vp", x, t))
+        return _score(x, NoiseSchedule.continuous(0.1, 20.0).sigma(float(t[0])), scale=True)
+
+    def ve_score(x, s):
+        asked.append(("ve", x, s))
+        return _score(x, float(s[0]), scale=False)
+
+    def _score(x, s, scale):
+        root = (1 + s * s) ** 0.5 if scale else 1.0
+        return root * (_denoised(x * root, s) - x * root) / s**2
+
+    def velocity(x, t):
+        asked.append(("flow", x, t))
+        s = float(t[0] / (1 - t[0]))
+        mine = x * (1 + s)
+        x0 = _denoised(mine, s)
+        return (mine - x0) / s - x0
+
+    edm = NoiseSchedule.edm(0.002, 80.0)
+    fields = [
+        EpsilonField.from_denoiser(denoiser, edm),
+        EpsilonField.from_denoiser(denoiser, LINEAR),
+        EpsilonField.from_score(vp_score, NoiseSchedule.continuous(0.1, 20.0)),
+        EpsilonField.from_score(ve_score, edm, coordinates="exploding"),
+        EpsilonField.from_velocity(velocity),
+        EpsilonField.from_sigma(EXACT, LINEAR),
+    ]
+    for field in fields:
+        torch.testing.assert_close(field(x_bar, sigma), EXACT(x_bar, sigma), rtol=1e-8, atol=1e-8)
+    inputs = {name: (x, float(label[0])) for name, x, label in asked}
+    torch.testing.assert_close(inputs["denoiser"][0], x_bar)
+    torch.testing.assert_close(inputs["flow"][0], x_bar / (1 + sigma))
+    assert inputs["denoiser"][1] == sigma
+    assert inputs["ve"][1] == sigma
+    assert inputs["flow"][1] == pytest.approx(sigma / (1 + sigma))
+    assert inputs["vp"][1] == pytest.approx(NoiseSchedule.continuous(0.1, 20.0).t(sigma))
+
+
+def test_a_denoiser_below_its_first_level_is_asked_at_it():
+    seen = []
+    field = EpsilonField.from_denoiser(lambda x, s: seen.append(float(s[0])) or 0.5 * x, NoiseSchedule.edm(0.002, 80.0))
+    x = torch.ones(1, 3, dtype=torch.float64)
+    torch.testing.assert_close(field(x, 0.0), 0.5 * x / 0.002)
+    assert seen == [0.002]
+
+
+def test_flow_models_are_solved_along_their_own_line():
+    """Euler's steps in t on x' = v, the loop of flow-matching libraries, converge to what a high-order solver finds here."""
+    schedule = NoiseSchedule.flow()
+
+    def velocity(x, t):
+        s = float(t[0] / (1 - t[0]))
+        x0 = _denoised(x * (1 + s), s)
+        return (x * (1 + s) - x0) / s - x0
+
+    latent = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    field = EpsilonField.from_velocity(velocity, schedule)
+    found = ddim_ode.sample(field, latent, solver="ab4-rk", grid="asinh", steps=400).x
+    sigma = schedule.sigma_max
+    x, times = latent * (1 + sigma**2) ** 0.5 / (1 + sigma), np.linspace(schedule.T, 1e-3, 20_001)
+    for t, after in itertools.pairwise(times):
+        x = x + (after - t) * velocity(x, torch.tensor([t]))
+    torch.testing.assert_close(found, x, rtol=0, atol=5e-3)
 
 
 def test_channels_last_leaves_other_layers_alone():

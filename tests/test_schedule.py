@@ -16,7 +16,7 @@ DISCRETE = {
     "float32 table": NoiseSchedule.from_alphas_cumprod(NoiseSchedule.linear().alphas_cumprod.astype(np.float32)),
     "kinked table": NoiseSchedule.from_alphas_cumprod(np.cumprod(np.where(np.arange(40) % 10 == 0, 0.5, 0.999))),
 }
-ALL = DISCRETE | {"continuous": NoiseSchedule.continuous(), "edm": NoiseSchedule.edm()}
+ALL = DISCRETE | {"continuous": NoiseSchedule.continuous(), "edm": NoiseSchedule.edm(), "flow": NoiseSchedule.flow()}
 
 
 def test_the_papers_ends():
@@ -125,6 +125,7 @@ def test_bad_tables_are_refused(table, says):
         (lambda: NoiseSchedule.continuous(0.1, 1e4), "infinite"),
         (lambda: NoiseSchedule.cosine(max_beta=1.0), "cap it below 1"),
         (lambda: NoiseSchedule.edm(2.0, 1.0), "sigma_min < sigma_max"),
+        (lambda: NoiseSchedule.flow(0.1, 1.0), "t_max < 1"),
         (lambda: NoiseSchedule.from_config({"kind": "square"}), "square"),
         (lambda: NoiseSchedule.from_config({"kind": "edm", "T": 5}), "does not fit the schedule kind 'edm'"),
         (lambda: NoiseSchedule.linear(2.5), "T must be a whole number"),

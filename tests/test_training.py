@@ -84,7 +84,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(tm
                 made.conv_in.weight.fill_(torch.nan)
 
     made = network()
-    with pytest.raises(ValueError, match=r"the loss became nan before step 8; the checkpoint of step 4 is kept"):
+    with pytest.raises(ValueError, match=r"the loss became nan before step 8; what was saved before step 5 is kept"):
         train(made, IMAGES, LINEAR, tmp_path, OPTIONS, save_every=4, progress=poison)
     kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert kept["step"] == 4
@@ -147,8 +147,8 @@ def test_a_continuous_schedule_is_refused(tmp_path):
 
 def test_batches_are_eq_4_with_labels_over_the_whole_range():
     _, std = spread(IMAGES)
-    x, t, noise, weight = _batch(IMAGES, std**2, LINEAR, TrainingOptions(batch_size=40), 0, "cpu")
-    again = _batch(IMAGES, std**2, LINEAR, TrainingOptions(batch_size=40), 0, "cpu")
+    x, t, noise, weight = _batch(IMAGES, std**2, LINEAR, TrainingOptions(batch_size=40), 0)
+    again = _batch(IMAGES, std**2, LINEAR, TrainingOptions(batch_size=40), 0)
     assert torch.equal(x, again[0])
     alpha = torch.from_numpy(LINEAR.alpha(t.double().numpy() + 1)).float().reshape(-1, 1, 1, 1)
     clean = (x - (1 - alpha).sqrt() * noise) / alpha.sqrt()
@@ -163,8 +163,8 @@ def test_batches_are_eq_4_with_labels_over_the_whole_range():
 
 
 def test_weights_follow_gamma():
-    _, _, _, weight = _batch(IMAGES, 0.25, LINEAR, TrainingOptions(gamma=0.5), 0, "cpu")
-    _, t, _, _ = _batch(IMAGES, 0.25, LINEAR, TrainingOptions(gamma=0.5), 0, "cpu")
+    _, _, _, weight = _batch(IMAGES, 0.25, LINEAR, TrainingOptions(gamma=0.5), 0)
+    _, t, _, _ = _batch(IMAGES, 0.25, LINEAR, TrainingOptions(gamma=0.5), 0)
     sigma = torch.from_numpy(LINEAR.sigma(t.double().numpy() + 1))
     torch.testing.assert_close(weight.flatten().double(), (1 + sigma**2 / 0.25).sqrt(), rtol=1e-3, atol=0)
 

@@ -1,10 +1,11 @@
-"""Weights on disk: one safetensors file that says what it is, and the bundled networks."""
+"""Weights on disk: this package's own, one safetensors file that says what it is, and the way to everyone else's."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import nn
 
 from ddim_ode.field import EpsilonField
 from ddim_ode.files import replacing
+from ddim_ode.models.pipelines import classes_tensor, load_folder
+from ddim_ode.models.released import build_released, read_state
 from ddim_ode.models.unet import GaussianResidual, UNet
 from ddim_ode.schedule import NoiseSchedule
 
@@ -29,39 +32,132 @@ def bundled() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _BUNDLED.glob("*.safetensors")))
 
 
-def load(model: str | os.PathLike[str], *, device: str | torch.device = "cpu", **options: Any) -> EpsilonField:
-    """The field of a bundled network, or of a weights file that ``ddim-ode train`` wrote.
+def load(
+    model: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    schedule: NoiseSchedule | None = None,
+    prediction: str | None = None,
+    class_labels: Any = None,
+    prompt: str | list[str] | None = None,
+    negative_prompt: str | list[str] | None = None,
+    ema: bool | None = None,
+    network: dict[str, Any] | None = None,
+    **options: Any,
+) -> EpsilonField:
+    """The field of a model: bundled, trained here, or in one of the forms that others' models come in.
 
     Parameters
     ----------
     model : str or path
-        A name from :func:`bundled`, such as ``"fashion-mnist"``, or a ``.safetensors`` file.
+        - a name from :func:`bundled`, such as ``"fashion-mnist"``;
+        - a ``.safetensors`` file that ``ddim-ode train`` wrote;
+        - a diffusers folder, a pipeline's or a bare network's, or its name on the hub, such as ``"google/ddpm-cifar10-32"``;
+        - weights of the authors' ddim, or of improved- or guided-diffusion (``.ckpt``, ``.pt``, ``.pth``, ``.safetensors``).
     device : device
         Where the network goes.
+    schedule, prediction
+        What the model was trained with, in place of what its folder says. Weights alone do not say: the paper's
+        schedule and ε are taken if not given.
+    class_labels : int or sequence of int, optional
+        Classes for a class-conditional network: one for all samples, or one a sample.
+    prompt, negative_prompt : str or list of str, optional
+        Texts for a text-to-image pipeline: one for all samples, or one a sample.
+    ema : bool, optional
+        Whether to take the moving average of the weights from a file that holds both; by default, if it is there.
+    network : dict, optional
+        What weights do not tell of their network: ``resolution``; ``heads``, ``head_channels``, ``new_order`` and
+        ``label_scale`` (guided-diffusion's: :class:`ddim_ode.models.guided.GuidedUNet`).
     **options
-        As for :class:`EpsilonField`: ``label``, ``autocast``, ``channels_last``, ``compile``.
+        As for :class:`EpsilonField`: ``label``, ``guidance_scale``, ``autocast``, ``channels_last``, ``compile``.
 
     Returns
     -------
     EpsilonField
-        With its schedule and sample shape; weights in float32.
+        With its schedule and sample shape; its ``.notes`` say what was assumed or is done otherwise.
 
     Raises
     ------
     FileNotFoundError
-        If there is no such name or file.
+        If there is no such name, file or folder.
     ValueError
-        If the file is cut short, or was not written by this package.
+        If it is cut short, is nobody's known, or cannot be solved as eq. 14.
+
+    Warns
+    -----
+    ModelWarning
+        Where a folder asks for something that is done otherwise here.
     """
     path = Path(model)
+    said: dict[str, Any] = {"schedule": schedule, "prediction": prediction, "class_labels": class_labels}
+    texts: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative_prompt}
     if str(model) in bundled():
         path = _BUNDLED / f"{model}.safetensors"
+    elif path.is_dir() or (not path.exists() and _may_be_on_the_hub(model)):
+        if network is not None or ema is not None:
+            raise ValueError("network and ema belong to weights in a file; a folder says what it is")
+        return load_folder(path if path.is_dir() else str(model), device=device, **said, **texts, **options)
     elif not path.is_file():
         raise FileNotFoundError(
-            f"no model {str(model)!r}: it is neither a file nor a bundled network ({', '.join(bundled()) or 'none'})"
+            f"no model {str(model)!r}: it is neither a file, a folder, nor a bundled network ({', '.join(bundled()) or 'none'})"
         )
-    network, schedule, shape = _read(path)
-    return EpsilonField(network.to(device), schedule, shape=shape, **options)
+    if any(text is not None for text in texts.values()):
+        raise ValueError(f"{path} knows no texts: prompt belongs to a text-to-image pipeline's folder")
+    if path.suffix == ".safetensors" and _is_ours(path):
+        unused = [k for k, v in (said | {"ema": ema, "network": network}).items() if v is not None]
+        if unused:
+            raise ValueError(f"{path} says itself what it is: leave {', '.join(unused)} out")
+        own, made, shape = _read(path)
+        return EpsilonField(own.to(device), made, shape=shape, **options)
+    return _released(path, device, said, ema, dict(network or {}), options)
+
+
+def _released(
+    path: Path,
+    device: str | torch.device,
+    said: dict[str, Any],
+    ema: bool | None,
+    arguments: dict[str, Any],
+    options: dict[str, Any],
+) -> EpsilonField:
+    state, which = read_state(path, ema)
+    resolution = arguments.get("resolution")
+    if "input_blocks.0.0.weight" in state:
+        arguments.pop("resolution", None)
+    network, description = build_released(state, path, **arguments)
+    shape = getattr(network, "shape", None) or (resolution and (description["channels"], resolution, resolution))
+    classes, labels = description["classes"], said["class_labels"]
+    if (classes is None) != (labels is None):
+        needs = (
+            "knows no classes: leave class_labels out"
+            if classes is None
+            else "is class-conditional: give class_labels="
+        )
+        raise ValueError(f"{path} {needs}")
+    condition = None if labels is None else classes_tensor(labels, classes, device)
+    schedule, prediction = said["schedule"], said["prediction"]
+    notes = [{"average": "the moving average of the weights, of a file that holds both", "last": "the last weights, no average",
+              "unknown": "weights that do not say whether they are an average: sampling wants the average"}[which]]  # fmt: skip
+    if schedule is None:
+        notes.append("weights do not say their schedule: the paper's is taken, give schedule= for another")
+    field = EpsilonField(
+        network.to(device), schedule or NoiseSchedule.linear(), prediction or "epsilon", shape=shape or None,
+        condition=condition, **options,
+    )  # fmt: skip
+    field.notes = tuple(notes)
+    return field
+
+
+def _may_be_on_the_hub(model: str | os.PathLike[str]) -> bool:
+    return isinstance(model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not Path(model).suffix
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _KEY in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return True  # cut short: reading it whole says so
 
 
 def build(description: dict[str, Any]) -> nn.Module:

@@ -1,0 +1,465 @@
+r"""Fields from diffusers' folders: what their scheduler's and network's configurations say, said in this package's terms.
+
+A scheduler's configuration mixes three things. Its table of betas, its prediction type and its label are the
+*model's* and are taken over. Its spacing and its solver are a *sampler's*, and are chosen here by ``grid=`` and
+``solver=``. And some of its options change the answer (clipping, thresholding): those are not taken over, and
+:class:`ModelWarning` says so.
+
+diffusers itself is an extra: ``pip install ddim_ode[diffusers]``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ddim_ode.field import Codec, EpsilonField
+from ddim_ode.schedule import NoiseSchedule
+
+__all__ = ["ModelWarning", "classes_tensor", "from_pipeline", "load_folder", "read_scheduler"]
+
+
+class ModelWarning(UserWarning):
+    """A model's folder asks for something that this package does otherwise."""
+
+
+# -- the scheduler's configuration ----------------------------------------------------------------
+# Schedulers whose model has an ODE of eq. 14, whatever they do with it themselves: some sample stochastically.
+_BETAS = {
+    "DDPMScheduler", "DDPMParallelScheduler", "EulerAncestralDiscreteScheduler", "SASolverScheduler",
+    "DPMSolverSDEScheduler", "KDPM2AncestralDiscreteScheduler",
+    "DDIMScheduler", "DDIMParallelScheduler", "DDIMInverseScheduler", "PNDMScheduler", "LMSDiscreteScheduler",
+    "EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+}  # fmt: skip
+_DISTILLED = "its model maps noise to data in a few jumps and predicts no noise: there is no ODE to solve"
+_REFUSED = {
+    "LCMScheduler": _DISTILLED,
+    "TCDScheduler": _DISTILLED,
+    "CMStochasticIterativeScheduler": _DISTILLED,
+    "SCMScheduler": _DISTILLED,
+    "VQDiffusionScheduler": "its data are discrete, and no ODE leads to them",
+    "UnCLIPScheduler": "its prior is sampled stochastically with learned variances; load its decoder's own scheduler",
+    "ScoreSdeVeScheduler": "its network returns a score in variance-exploding coordinates: use EpsilonField.from_score(...)",
+    "KarrasVeScheduler": "its network is conditioned on sigma: use EpsilonField.from_denoiser(...)",
+    "EDMEulerScheduler": "its network is an EDM denoiser: use EpsilonField.from_denoiser(...)",
+    "EDMDPMSolverMultistepScheduler": "its network is an EDM denoiser: use EpsilonField.from_denoiser(...)",
+    "CosineDPMSolverMultistepScheduler": "its network is an EDM denoiser: use EpsilonField.from_denoiser(...)",
+    "FlowMatchEulerDiscreteScheduler": "its network returns a velocity: use EpsilonField.from_velocity(...)",
+    "FlowMatchHeunDiscreteScheduler": "its network returns a velocity: use EpsilonField.from_velocity(...)",
+}
+# What each option asks for, where it is a sampler's affair: the way to ask for it here.
+_SPACING = {
+    "leading": "explicit labels, docs/models.md",
+    "trailing": "grid='linear'",
+    "linspace": "grid='linear', nearly",
+}
+_OURS = {
+    "timestep_spacing", "steps_offset", "skip_prk_steps", "solver_order", "algorithm_type", "solver_type",
+    "lower_order_final", "euler_at_final", "final_sigmas_type", "lambda_min_clipped", "variance_type", "predict_x0",
+    "disable_corrector", "solver_p", "set_alpha_to_one", "interpolation_type", "use_lu_lambdas", "predictor_order",
+    "corrector_order", "tau_func", "sigma_min", "sigma_max", "dynamic_thresholding_ratio", "sample_max_value",
+    "clip_sample_range", "use_dynamic_shifting", "time_shift_type", "shift_terminal", "flow_shift", "timestep_type",
+}  # fmt: skip
+_MODELS = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"}
+_CHANGES = {"clip_sample", "thresholding", "rescale_betas_zero_snr"}
+_SIGMAS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "log", "use_beta_sigmas": None}
+
+
+def read_scheduler(config: dict[str, Any]) -> tuple[NoiseSchedule, str, list[str]]:
+    """What a scheduler's configuration says of the model.
+
+    Parameters
+    ----------
+    config : dict
+        The contents of ``scheduler_config.json``, or ``scheduler.config``.
+
+    Returns
+    -------
+    schedule : NoiseSchedule
+        From its betas, in float64.
+    prediction : str
+        As :class:`EpsilonField` has it.
+    notes : list of str
+        A sentence for each option that this package does otherwise and that changes the answer.
+
+    Raises
+    ------
+    ValueError
+        If the class of scheduler has no ODE of eq. 14, or an option is one that this version does not know how to
+        read.
+    """
+    name = config.get("_class_name", "DDPMScheduler")
+    if name in _REFUSED:
+        raise ValueError(f"cannot make a field for {name}: {_REFUSED[name]}")
+    if name not in _BETAS:
+        raise ValueError(
+            f"cannot make a field for the scheduler {name!r}: known are {', '.join(sorted(_BETAS))}; give schedule= and "
+            "prediction= to say what the model is"
+        )
+    if config.get("use_flow_sigmas"):
+        raise ValueError(f"{name} has use_flow_sigmas: {_REFUSED['FlowMatchEulerDiscreteScheduler']}")
+    if config.get("timestep_type", "discrete") != "discrete":
+        raise ValueError(f"{name} has timestep_type = {config['timestep_type']!r}: use EpsilonField.from_denoiser(...)")
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "sample", "v_prediction"):
+        raise ValueError(f"{name} has prediction_type = {prediction!r}: known are epsilon, sample, v_prediction")
+    notes = []
+    schedule, dropped = _schedule(config)
+    if dropped:
+        notes.append(
+            "rescale_betas_zero_snr makes sigma_T infinite: the last step is dropped, and the ODE starts at "
+            f"sigma = {schedule.sigma_max:.4g}, t = {schedule.T:.0f}"
+        )
+    if config.get("clip_sample"):
+        span = config.get("clip_sample_range", 1.0)
+        notes.append(f"clip_sample: {name} clips the predicted image to ±{span:g} in each step, and eq. 14 does not")
+    if config.get("thresholding"):
+        notes.append(f"thresholding: {name} limits the predicted image in each step, and eq. 14 does not")
+    if config.get("set_alpha_to_one") is False:
+        notes.append("set_alpha_to_one is false: the last step stops at the first trained level, and ours at sigma = 0")
+    for option, grid in _SIGMAS.items():
+        if config.get(option):
+            notes.append(f"{option}: " + (f"a grid, here grid={grid!r}" if grid else "a grid that has no name here"))
+    known = _OURS | _MODELS | _CHANGES | _SIGMAS.keys()
+    for option in sorted(config.keys() - known):
+        if not option.startswith("_") and config[option] not in (None, False):
+            notes.append(f"unknown option {option} = {config[option]!r}: not used")
+    return schedule, prediction, notes
+
+
+def _schedule(config: dict[str, Any]) -> tuple[NoiseSchedule, bool]:
+    """The schedule, and whether a last step of zero signal was dropped from it."""
+    total = int(config.get("num_train_timesteps", 1000))
+    start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
+    kind = config.get("beta_schedule", "linear")
+    if config.get("trained_betas") is not None:
+        table = np.cumprod(1.0 - np.asarray(config["trained_betas"], dtype=np.float64))
+    elif kind in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+        make = {"linear": NoiseSchedule.linear, "scaled_linear": NoiseSchedule.scaled_linear}.get(kind)
+        schedule = NoiseSchedule.cosine(total) if make is None else make(total, start, end)
+        if not config.get("rescale_betas_zero_snr"):
+            return schedule, False
+        table = schedule.alphas_cumprod
+    elif kind == "sigmoid":
+        table = np.cumprod(1.0 - (start + (end - start) / (1.0 + np.exp(-np.linspace(-6.0, 6.0, total)))))
+    else:
+        raise ValueError(
+            f"beta_schedule = {kind!r} is not known here: give schedule=NoiseSchedule.from_alphas_cumprod(...)"
+        )
+    if config.get("rescale_betas_zero_snr"):
+        # Lin et al. 2024, algorithm 1: shift √α so that it ends at 0, scale so that its start stays.
+        root = np.sqrt(table)
+        table = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        return NoiseSchedule.from_alphas_cumprod(table[:-1]), True
+    return NoiseSchedule.from_alphas_cumprod(table), False
+
+
+# -- networks as model(x, t[, condition]) -------------------------------------------------------------
+class Network(nn.Module):
+    """A network of diffusers as ``model(x, t, condition)``; of learned-variance outputs the noise half is used.
+
+    Parameters
+    ----------
+    inner : Module
+        The network.
+    argument : str
+        The name its condition goes by.
+    """
+
+    def __init__(self, inner: nn.Module, argument: str) -> None:
+        super().__init__()
+        self.inner, self.argument = inner, argument
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+        given = {} if condition is None else {self.argument: condition}
+        out = self.inner(x, timestep=t, return_dict=False, **given)[0]
+        return out if out.shape[1] == x.shape[1] else out.chunk(2, dim=1)[0]
+
+
+# Networks that are known, by class: the name of their condition.
+_NETWORKS = {
+    "UNet2DModel": "class_labels",
+    "UNet2DConditionModel": "encoder_hidden_states",
+    "DiTTransformer2DModel": "class_labels",
+    "Transformer2DModel": "class_labels",  # DiT's, as older versions save it
+}
+
+
+def load_folder(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    schedule: NoiseSchedule | None = None,
+    prediction: str | None = None,
+    class_labels: Any = None,
+    prompt: str | list[str] | None = None,
+    negative_prompt: str | list[str] | None = None,
+    **options: Any,
+) -> EpsilonField:
+    r"""The field of a diffusers folder: a pipeline, or a bare network.
+
+    Parameters
+    ----------
+    path : path or str
+        A folder with ``model_index.json`` or a network's ``config.json``; or the name of one on the hub
+        (``"google/ddpm-cifar10-32"``), where the network allows.
+    device : device
+        Where the network goes.
+    schedule, prediction
+        To be used in place of the scheduler's; needed for a bare network that was not trained with the paper's schedule.
+    class_labels : int or sequence of int, optional
+        Classes, one for all samples or one a sample, for a class-conditional network.
+    prompt, negative_prompt : str or list of str
+        Texts, one for all samples or one a sample, for a text-to-image pipeline; the second is the condition that
+        stands for none.
+    **options
+        As for :class:`EpsilonField`, such as ``guidance_scale``.
+
+    Returns
+    -------
+    EpsilonField
+        A latent-diffusion model's has a :class:`Codec` in ``.codec``.
+
+    Raises
+    ------
+    ValueError
+        If the folder is no model, is half there, or its scheduler has no ODE of eq. 14.
+    ImportError
+        If diffusers is not installed.
+
+    Warns
+    -----
+    ModelWarning
+        Once for each option of the scheduler that is done otherwise here; they are in ``field.notes`` too.
+    """
+    diffusers = _diffusers()
+    index = _index(path)
+    if index is not None and index.get("_class_name") == "StableDiffusionPipeline":
+        extra = {"safety_checker": None, "requires_safety_checker": False}
+        pipeline = _pretrained(diffusers.StableDiffusionPipeline, path, "", **extra)
+        return from_pipeline(
+            pipeline.to(device), schedule=schedule, prediction=prediction, prompt=prompt,
+            negative_prompt=negative_prompt, **options,
+        )  # fmt: skip
+    folder = Path(path)
+    if index is None:
+        part, config = "", _json(folder / "config.json")
+    else:
+        part = next((name for name in ("unet", "transformer") if name in index), "")
+        if not part:
+            raise ValueError(
+                f"{path} holds a {index.get('_class_name')} without unet or transformer: no noise predictor"
+            )
+        # Old folders keep everything at the top.
+        part = part if not folder.is_dir() or (folder / part).is_dir() else ""
+        config = _json(folder / part / "config.json") if folder.is_dir() else {"_class_name": index[part][1]}
+    name = config.get("_class_name")
+    if name not in _NETWORKS:
+        raise ValueError(
+            f"{path} holds a {name}, and known are {', '.join(_NETWORKS)}: wrap it by hand, docs/models.md"
+        )
+    network = _pretrained(getattr(diffusers, name), path, part)
+    scheduler, vae = None, None
+    if index is not None:
+        if "scheduler" in index:
+            scheduler = _scheduler(path)
+        kind = next((k for k in ("vae", "vqvae") if k in index), None)
+        if kind is not None:
+            vae = _pretrained(getattr(diffusers, index[kind][1]), path, kind)
+    return _field(network, scheduler, vae, device, schedule, prediction, class_labels, None, None, options, str(path))
+
+
+def from_pipeline(
+    pipeline: Any,
+    *,
+    schedule: NoiseSchedule | None = None,
+    prediction: str | None = None,
+    class_labels: Any = None,
+    prompt: str | list[str] | None = None,
+    negative_prompt: str | list[str] | None = None,
+    **options: Any,
+) -> EpsilonField:
+    """The field of a diffusers pipeline in memory; the arguments are those of :func:`load_folder`."""
+    network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    if network is None or type(network).__name__ not in _NETWORKS:
+        raise ValueError(
+            f"a {type(pipeline).__name__} holds a {type(network).__name__}, and known are {', '.join(_NETWORKS)}: wrap it "
+            "by hand, docs/models.md"
+        )
+    if hasattr(network, "add_embedding"):
+        raise ValueError(f"a {type(pipeline).__name__} has conditions beside the text: wrap it by hand, docs/models.md")
+    condition = null = None
+    if getattr(pipeline, "text_encoder", None) is not None:
+        if prompt is None:
+            raise ValueError("a text-to-image pipeline needs prompt=, a text for all samples or one a sample")
+        with torch.no_grad():
+            condition, null = (_encode(pipeline, text) for text in (prompt, negative_prompt or ""))
+    scheduler = dict(pipeline.scheduler.config) | {"_class_name": type(pipeline.scheduler).__name__}
+    vae = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+    return _field(
+        network, scheduler, vae, network.device, schedule, prediction, class_labels, condition, null, options,
+        type(pipeline).__name__,
+    )  # fmt: skip
+
+
+def _encode(pipeline: Any, text: str | list[str]) -> Tensor:
+    """The text encoder's last states of each text, (1 or B, tokens, width)."""
+    tokens = pipeline.tokenizer(
+        [text] if isinstance(text, str) else list(text), padding="max_length", truncation=True, return_tensors="pt",
+        max_length=pipeline.tokenizer.model_max_length,
+    )  # fmt: skip
+    encoder = pipeline.text_encoder
+    mask = tokens.attention_mask.to(encoder.device) if getattr(encoder.config, "use_attention_mask", False) else None
+    return encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]
+
+
+def _field(
+    network: Any,
+    scheduler: dict[str, Any] | None,
+    vae: Any,
+    device: Any,
+    schedule: NoiseSchedule | None,
+    prediction: str | None,
+    class_labels: Any,
+    condition: Tensor | None,
+    null: Tensor | None,
+    options: dict[str, Any],
+    where: str,
+) -> EpsilonField:
+    config = network.config
+    notes: list[str] = []
+    if schedule is None or prediction is None:
+        if scheduler is None:
+            if schedule is None:
+                schedule = NoiseSchedule.linear()
+                notes.append(
+                    "no scheduler beside the network: the paper's schedule is taken, give schedule= for another"
+                )
+            read_prediction = "epsilon"
+        else:
+            read, read_prediction, notes = read_scheduler(scheduler)
+            schedule = schedule or read
+        prediction = prediction or read_prediction
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    if class_labels is not None:
+        count = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
+        condition, null = classes_tensor(class_labels, count, device), _no_class(config, device)
+    elif _is_conditional(config):
+        raise ValueError(f"{where} is class-conditional: give class_labels=, one for all samples or one a sample")
+    for note in notes:
+        warnings.warn(f"{where}: {note}", ModelWarning, stacklevel=4)
+    model = Network(network, _NETWORKS[type(network).__name__]).to(device).eval().requires_grad_(False)
+    guided = options.get("guidance_scale", 1.0) != 1.0
+    if guided and null is None:
+        raise ValueError(f"{where} knows no condition that stands for none: guidance_scale must be 1")
+    field = EpsilonField(
+        model, schedule, prediction, shape=(config.in_channels, height, width), condition=condition,
+        null_condition=null if guided else None, **options,
+    )  # fmt: skip
+    field.notes = tuple(notes)
+    field.codec = None if vae is None else _codec(vae.to(device).eval().requires_grad_(False), field.shape)
+    return field
+
+
+def _is_conditional(config: Any) -> bool:
+    return config.get("num_class_embeds") is not None or config.get("num_embeds_ada_norm") is not None
+
+
+def classes_tensor(class_labels: Any, count: int | None, device: Any) -> Tensor:
+    """Class labels as int64 (1 or B,), refused unless each is one of `count`."""
+    labels = torch.atleast_1d(torch.as_tensor(class_labels))
+    if count is None:
+        raise ValueError("class_labels was given, but the network knows no classes")
+    if labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= count:
+        raise ValueError(f"class_labels must be whole numbers from 0 to {count - 1}, but got {class_labels!r}")
+    return labels.to(device, torch.int64)
+
+
+def _no_class(config: Any, device: Any) -> Tensor | None:
+    """The class that stands for none: DiT keeps one behind the others; a U-Net has no such thing."""
+    count = config.get("num_embeds_ada_norm")
+    return None if count is None else torch.tensor([count], device=device)
+
+
+def _codec(vae: Any, shape: Any) -> Codec:
+    scale, shift = float(vae.config.scaling_factor or 1.0), float(vae.config.get("shift_factor") or 0.0)
+    dtype = next(vae.parameters()).dtype
+
+    def encode(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            found = vae.encode(images.to(dtype))
+        latent = found.latents if hasattr(found, "latents") else found.latent_dist.mode()
+        return (latent - shift) * scale
+
+    def decode(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return vae.decode((x / scale + shift).to(dtype), return_dict=False)[0]
+
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    return Codec(encode, decode, (vae.config.in_channels, shape[1] * factor, shape[2] * factor))
+
+
+# -- folders ------------------------------------------------------------------------------------
+def _diffusers() -> Any:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ImportError("diffusers folders need the extra: pip install ddim_ode[diffusers]") from error
+    return diffusers
+
+
+def _index(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """``model_index.json`` of a folder or of the hub; None for a bare network."""
+    folder = Path(path)
+    if folder.is_dir():
+        return _json(folder / "model_index.json") if (folder / "model_index.json").is_file() else None
+    try:
+        config = _diffusers().DiffusionPipeline.load_config(str(path))
+    except OSError as error:
+        raise OSError(
+            f"{path} is no folder here, and the hub did not give it ({_first(error)}): without a network, fetch it "
+            "elsewhere and name the folder"
+        ) from error
+    return config if isinstance(config, dict) else config[0]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path.parent} is not a model: it has no {path.name}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not whole JSON: {error}") from error
+
+
+def _scheduler(path: str | os.PathLike[str]) -> dict[str, Any]:
+    folder = Path(path)
+    if folder.is_dir():
+        inner = folder / "scheduler" / "scheduler_config.json"
+        return _json(inner if inner.is_file() else folder / "scheduler_config.json")
+    config = _diffusers().DDIMScheduler.load_config(str(path), subfolder="scheduler")
+    return config if isinstance(config, dict) else config[0]
+
+
+def _pretrained(kind: Any, path: str | os.PathLike[str], part: str, **options: Any) -> Any:
+    try:
+        options |= {"subfolder": part} if part else {}
+        return kind.from_pretrained(str(path), low_cpu_mem_usage=False, **options)
+    except Exception as error:  # the library and those under it raise what they like
+        where = f"{path}/{part}" if part else str(path)
+        raise ValueError(f"{where} is not a whole {kind.__name__}: {_first(error)}") from error
+
+
+def _first(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

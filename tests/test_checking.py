@@ -1,0 +1,232 @@
+"""The checker: what is right passes, and each usual mistake is named."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import ddim_ode
+from ddim_ode import EpsilonField, NoiseSchedule
+from ddim_ode.checking import check
+from ddim_ode.cli import main
+from ddim_ode.models.analytic import MixtureEpsilon
+
+LINEAR = NoiseSchedule.linear()
+GENERATOR = torch.Generator().manual_seed(0)
+SHAPE = (1, 6, 6)
+ROOTS = torch.randn(3, 36, 36, generator=GENERATOR, dtype=torch.float64) * 0.006
+MIXTURE = MixtureEpsilon(
+    torch.ones(3),
+    torch.rand(3, *SHAPE, generator=GENERATOR, dtype=torch.float64) * 1.4 - 0.7,
+    ROOTS @ ROOTS.transpose(1, 2) + 3e-5 * torch.eye(36, dtype=torch.float64),
+)
+IMAGES = MIXTURE.sample(64, GENERATOR).clamp(-1, 1)
+
+
+class Network(nn.Module):
+    """The exact ε as a network would hold it: of x and a label, 0-based; it predicts what it is told to."""
+
+    def __init__(self, prediction="epsilon", schedule=LINEAR, label=lambda t: t + 1.0):
+        super().__init__()
+        self.prediction, self.schedule, self.to_time = prediction, schedule, label
+        self.weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x, t):
+        time = np.clip(self.to_time(t.double().numpy()), self.schedule.t_min, self.schedule.T)
+        out = []
+        for i, sigma in enumerate(np.atleast_1d(self.schedule.sigma(time))):
+            x_bar = x[i : i + 1] * (1 + sigma**2) ** 0.5
+            eps, alpha = MIXTURE(x_bar, float(sigma)), 1 / (1 + sigma**2)
+            x0 = x_bar - sigma * eps
+            out.append({
+                "epsilon": eps, "sample": x0, "v_prediction": alpha**0.5 * eps - (1 - alpha) ** 0.5 * x0,
+                "score": -eps / (1 - alpha) ** 0.5, "flow": eps - x0,
+            }[self.prediction])  # fmt: skip
+        return torch.cat(out)
+
+
+def wrong(field, images=IMAGES):
+    report = check(field, images)
+    found = {f.check: f.text for f in report.findings if f.verdict == "wrong"}
+    assert report.ok == (not found)
+    return found
+
+
+def notes(field):
+    return {f.check: f.text for f in check(field, IMAGES).findings if f.verdict == "note"}
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction", "score", "flow"])
+def test_right_declarations_pass(prediction):
+    field = EpsilonField(Network(prediction), LINEAR, prediction)
+    report = check(field, IMAGES)
+    assert report.ok, str(report)
+    assert all(f.verdict == "ok" for f in report.findings if f.check != "determinism")
+    assert field.nfe == 0  # the user's own counter is left alone
+    assert report.nfe > 0
+    assert report.loss[0.1] < 1.0
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction", "score", "flow"])
+@pytest.mark.parametrize("declared", ["epsilon", "v_prediction"])
+def test_a_wrong_prediction_type_is_named(prediction, declared):
+    found = wrong(EpsilonField(Network(prediction), LINEAR, declared))
+    if prediction == declared:
+        assert not found
+    else:
+        assert list(found) == ["prediction"]
+        assert f'declare prediction="{prediction}"' in found["prediction"]
+
+
+@pytest.mark.parametrize("shift", [-2, -1, 1, 2])
+def test_labels_that_are_off_are_caught(shift):
+    found = wrong(EpsilonField(Network(label=lambda t: t + 1.0 + shift), LINEAR))
+    assert list(found) == ["label"]
+    # A network that counts one more wants labels of one less.
+    off = float(re.search(r"at labels ([+-][\d.]+) of", found["label"]).group(1))
+    assert off == pytest.approx(-shift, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("label", "says"),
+    [
+        (lambda t: 1000.0 * t + 1.0, "a thousandth of those"),
+        (lambda t: t / 1000.0 + 1.0, "a thousand times those"),
+        (lambda t: 1000.0 - t, "counted from the other end"),
+    ],
+)
+def test_labels_of_another_scale_are_named(label, says):
+    assert says in wrong(EpsilonField(Network(label=label), LINEAR))["label"]
+
+
+def test_another_schedule_shows_in_the_labels():
+    found = wrong(EpsilonField(Network(schedule=NoiseSchedule.scaled_linear()), LINEAR))
+    assert "label" in found
+
+
+def test_labels_that_are_rounded_are_noted():
+    assert "rounded to integers, as declared" in notes(EpsilonField(Network(), LINEAR, label="nearest"))["fraction"]
+    rounding = Network(label=lambda t: np.rint(t) + 1.0)
+    assert 'declare label="nearest"' in notes(EpsilonField(rounding, LINEAR))["fraction"]
+
+
+def test_a_network_that_indexes_with_its_labels_says_what_to_declare():
+    class Table(Network):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(1000, 1)
+
+        def forward(self, x, t):
+            return super().forward(x, t) + 0.0 * self.table(t).mean()
+
+    assert 'declare label="nearest"' in wrong(EpsilonField(Table(), LINEAR))["call"]
+    assert not wrong(EpsilonField(Table(), LINEAR, label="nearest"))
+
+
+def test_dropout_in_training_mode():
+    class Dropping(Network):
+        def __init__(self):
+            super().__init__()
+            self.dropout = nn.Dropout(0.1)
+
+        def forward(self, x, t):
+            return self.dropout(super().forward(x, t))
+
+    with pytest.warns(UserWarning, match="training mode"):
+        field = EpsilonField(Dropping(), LINEAR)
+    assert "call model.eval()" in wrong(field)["determinism"]
+    assert "in training mode" in notes(EpsilonField(Network().train(), LINEAR))["determinism"]
+    assert not wrong(EpsilonField(Dropping().eval(), LINEAR))
+
+
+def test_neighbours_that_disturb_each_other():
+    class Mixing(Network):
+        def forward(self, x, t):
+            out = super().forward(x, t)
+            return out + 0.02 * out.mean(dim=0, keepdim=True)
+
+    assert "neighbours in the batch" in wrong(EpsilonField(Mixing(), LINEAR))["batch"]
+
+
+def test_images_of_another_range():
+    found = wrong(EpsilonField(Network(), LINEAR), (IMAGES + 1) / 2)
+    assert list(found) == ["range"]
+    assert "[-1, 1]" in found["range"]
+
+
+def test_a_model_that_cannot_be_called_or_returns_no_numbers():
+    assert (
+        "cannot be called: boom" in wrong(EpsilonField(lambda x, t: exec("raise RuntimeError('boom')"), LINEAR))["call"]
+    )
+    assert "NaN" in wrong(EpsilonField(lambda x, t: x * torch.nan, LINEAR))["call"]
+    layer = nn.Linear(6, 6)
+    assert "declare dtype=torch.float32" in wrong(EpsilonField(lambda x, t: layer(x), LINEAR))["call"]
+    assert "(1, 1, 6, 6)" in wrong(EpsilonField(lambda x, t: x[:1], LINEAR))["call"]
+
+
+def test_an_untrained_network_is_no_better_than_the_variance():
+    found = wrong(EpsilonField(lambda x, t: 0.0 * x, LINEAR))
+    assert "untrained, trained on other data" in found["loss"]
+
+
+def test_worse_weights_have_a_larger_loss():
+    """What an average is for: the checker tells by the loss, and cannot by anything else."""
+
+    class Noisy(Network):
+        def forward(self, x, t):
+            pattern = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+            return super().forward(x, t) + 0.1 * pattern
+
+    good, bad = (check(EpsilonField(network, LINEAR), IMAGES).loss for network in (Network(), Noisy()))
+    assert all(bad[s] > good[s] for s in good)
+
+
+def test_other_kinds_of_field():
+    denoise = lambda x, sigma: x - sigma.reshape(-1, 1, 1, 1) * MIXTURE(x, float(sigma[0]))
+    assert not wrong(EpsilonField.from_denoiser(denoise, NoiseSchedule.edm(), shape=SHAPE))
+    assert not wrong(EpsilonField.from_sigma(MIXTURE, LINEAR))
+    quarter = lambda x, c: denoise(x, (4.0 * c).exp())
+    assert "a quarter of their logarithm" in wrong(EpsilonField.from_denoiser(quarter, NoiseSchedule.edm()))["label"]
+
+
+def test_half_precision_is_noted():
+    class Half(Network):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros((), dtype=torch.bfloat16))
+
+        def forward(self, x, t):
+            return super().forward(x.double(), t).to(torch.bfloat16)
+
+    assert "bfloat16" in notes(EpsilonField(Half(), LINEAR))["dtype"]
+
+
+def test_what_cannot_be_checked_is_refused():
+    with pytest.raises(ValueError, match="two or more"):
+        check(EpsilonField(Network(), LINEAR), IMAGES[:1])
+    with pytest.raises(ValueError, match="images must be finite"):
+        check(EpsilonField(Network(), LINEAR), IMAGES * torch.nan)
+
+
+def test_the_command(capsys):
+    options = json.dumps({"network": None})
+    assert main(["check", "--n", "8", "--json", "--model-options", options]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["ok"]
+    assert [f["check"] for f in record["findings"]][:2] == ["call", "dtype"]
+    assert main(["check", "--n", "1"]) == 2
+    assert main(["check", "--model-options", "{"]) == 2
+    assert "not JSON" in capsys.readouterr().err
+    assert main(["check", "--model-options", '{"prediktion": "v"}']) == 2
+    assert "does not know 'prediktion'" in capsys.readouterr().err
+
+
+def test_bundled_network_is_what_it_says():
+    field = ddim_ode.load("fashion-mnist")
+    images = ddim_ode.data.as_tensor(ddim_ode.data.bundled_images()[:16])
+    assert check(field, images).ok
+    shifted = EpsilonField(lambda x, t: field.model(x, t + 1.0), LINEAR, dtype=torch.float32, shape=(1, 28, 28))
+    assert "counts from 0 or from 1" in wrong(shifted, images)["label"]

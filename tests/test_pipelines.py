@@ -1,0 +1,280 @@
+"""diffusers' folders: the same numbers from the same weights, and every option read or reported."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import ddim_ode
+from ddim_ode import NoiseSchedule
+from ddim_ode.models.pipelines import ModelWarning, from_pipeline, read_scheduler
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    diffusers = pytest.importorskip("diffusers")
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+UNET = {
+    "sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}  # fmt: skip
+
+
+def randomised(network):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return network.eval()
+
+
+def unet(**options):
+    return randomised(diffusers.UNet2DModel(**UNET, **options))
+
+
+def save(folder, network, scheduler, flat=False):
+    diffusers.DDPMPipeline(network, scheduler).save_pretrained(folder)
+    if flat:  # as google/ddpm-cifar10-32 lies
+        for part in ("unet", "scheduler"):
+            for file in (folder / part).iterdir():
+                file.rename(folder / file.name)
+            (folder / part).rmdir()
+    return folder
+
+
+def load(folder, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ModelWarning)
+        return ddim_ode.load(folder, **options)
+
+
+def agrees(field, network, label, shape=(3, 16, 16), **given):
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+    sigma = float(field.schedule.sigma(label + 1.0))
+    with torch.no_grad():
+        wanted = network(x, torch.tensor([label, label]), **given).sample
+    got = field(x * (1 + sigma**2) ** 0.5, sigma)
+    torch.testing.assert_close(got, wanted[:, : shape[0]], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("label", [0.0, 17.5, 999.0])
+def test_an_unconditional_folder(tmp_path, flat, label):
+    network = unet()
+    field = load(save(tmp_path, network, diffusers.DDIMScheduler(clip_sample=False), flat))
+    assert field.shape == (3, 16, 16)
+    assert field.notes == ()
+    agrees(field, network, label)
+
+
+def test_a_bare_network(tmp_path):
+    network = unet()
+    network.save_pretrained(tmp_path)
+    with pytest.warns(ModelWarning, match="the paper's schedule is taken"):
+        field = ddim_ode.load(tmp_path)
+    agrees(field, network, 3.25)
+    field = ddim_ode.load(tmp_path, schedule=NoiseSchedule.cosine(), prediction="v_prediction")
+    assert (field.prediction, field.schedule.config["kind"]) == ("v_prediction", "cosine")
+
+
+def test_a_class_conditional_network(tmp_path):
+    network = unet(num_class_embeds=5)
+    save(tmp_path, network, diffusers.DDIMScheduler(clip_sample=False))
+    agrees(load(tmp_path, class_labels=3), network, 40.0, class_labels=torch.tensor([3, 3]))
+    agrees(load(tmp_path, class_labels=[1, 4]), network, 40.0, class_labels=torch.tensor([1, 4]))
+    for labels, says in ((None, "class-conditional: give class_labels="), (5, "from 0 to 4"), (0.5, "whole numbers")):
+        with pytest.raises(ValueError, match=says):
+            load(tmp_path, class_labels=labels)
+    with pytest.raises(ValueError, match="stands for none"):
+        load(tmp_path, class_labels=1, guidance_scale=2.0)
+
+
+def test_dit_with_its_codec_and_guidance(tmp_path):
+    network = randomised(
+        diffusers.DiTTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
+            patch_size=2, num_embeds_ada_norm=10,
+        )
+    )  # fmt: skip
+    vae = randomised(diffusers.AutoencoderKL(block_out_channels=(32, 64), latent_channels=4, norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2))  # fmt: skip
+    diffusers.DiTPipeline(network, vae, diffusers.DDIMScheduler(clip_sample=False)).save_pretrained(tmp_path)
+    field = load(tmp_path, class_labels=[2, 7])
+    labels = torch.tensor([2, 7])
+    agrees(field, network, 12.0, (4, 8, 8), class_labels=labels)  # learned variance: the noise half
+    guided = load(tmp_path, class_labels=[2, 7], guidance_scale=3.0)
+    plain, none = field, load(tmp_path, class_labels=[10 - 1, 10 - 1])
+    assert none.shape == (4, 8, 8)
+    x = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        without = network(
+            x / 2**0.5, torch.tensor([1.0, 1.0]) * field.schedule.label(1.0), class_labels=torch.tensor([10, 10])
+        ).sample
+    torch.testing.assert_close(
+        guided(x, 1.0), without[:, :4] + 3.0 * (plain(x, 1.0) - without[:, :4]), rtol=1e-4, atol=1e-5
+    )
+    # The way to pictures and back is the pipeline's own.
+    assert field.codec.shape == (3, 16, 16)
+    latent = torch.randn(1, 4, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = vae.decode(latent.float() / vae.config.scaling_factor).sample
+    torch.testing.assert_close(field.codec.decode(latent), wanted)
+    assert field.codec.encode(wanted).shape == (1, 4, 8, 8)
+
+
+def test_stable_diffusion_built_from_its_parts(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=64,
+        bos_token_id=62, eos_token_id=63, pad_token_id=63, max_position_embeddings=8))  # fmt: skip
+    # Letters and the two marks that CLIP's texts begin and end with.
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    vocabulary = {t: i for i, t in enumerate([*letters, *(f"{c}</w>" for c in letters)])}
+    vocabulary |= {"<|startoftext|>": 62, "<|endoftext|>": 63}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(
+        str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), model_max_length=8
+    )
+    network = randomised(diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=16, norm_num_groups=8,
+        attention_head_dim=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")))  # fmt: skip
+    vae = randomised(diffusers.AutoencoderKL(block_out_channels=(32, 64), latent_channels=4, norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2))  # fmt: skip
+    scheduler = diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1, prediction_type="v_prediction",
+    )  # fmt: skip
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae, text, tokenizer, network, scheduler, None, None, requires_safety_checker=False
+    )
+    folder = tmp_path / "pipeline"
+    pipeline.save_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    given = {"num_inference_steps": 5, "guidance_scale": 4.0, "output_type": "latent"}
+    wanted = pipeline("a b", negative_prompt="c", latents=latent, **given).images
+    with pytest.warns(ModelWarning, match="set_alpha_to_one"):
+        field = ddim_ode.load(folder, prompt="a b", negative_prompt="c", guidance_scale=4.0)
+    assert (field.prediction, field.schedule.config["kind"]) == ("v_prediction", "scaled_linear")
+    scheduler.set_timesteps(5)
+    # Their last step stops at the first trained level, not at 0.
+    nodes = field.schedule.sigma(np.append(scheduler.timesteps.numpy(), 0.0) + 1.0)
+    run = ddim_ode.sample(field, latent, solver="ddim", grid=nodes)
+    torch.testing.assert_close(run.x.float(), wanted, rtol=1e-4, atol=1e-4)
+    assert field.codec.decode(run.x).shape == (1, 3, 16, 16)
+    with pytest.raises(ValueError, match="needs prompt="):
+        ddim_ode.load(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ModelWarning)
+        same = from_pipeline(pipeline, prompt="a b", negative_prompt="c", guidance_scale=4.0)
+    torch.testing.assert_close(same(latent, 1.0), field(latent, 1.0))
+
+
+@pytest.mark.parametrize(("spacing", "offset"), [("leading", 0), ("leading", 1), ("trailing", 0)])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_ddim_is_diffusers_ddim(tmp_path, spacing, offset, prediction):
+    network = unet()
+    scheduler = diffusers.DDIMScheduler(
+        clip_sample=False, timestep_spacing=spacing, steps_offset=offset, prediction_type=prediction
+    )
+    field = load(save(tmp_path, network, scheduler))
+    latent = ddim_ode.noise((3, 16, 16), 2, 0).float()
+    scheduler.set_timesteps(10)
+    x = latent.clone()
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(network(x, t).sample, t, x).prev_sample
+    grid = "linear" if spacing == "trailing" else [*field.schedule.sigma(scheduler.timesteps.numpy() + 1.0), 0.0]
+    run = ddim_ode.sample(field, latent, solver="ddim", grid=grid, steps=10, dtype=torch.float32)
+    scale = float(x.abs().max())
+    torch.testing.assert_close(run.x / scale, x / scale, rtol=0, atol=1e-4)
+
+
+# -- the scheduler's configuration ----------------------------------------------------------------
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "trained"])
+def test_tables_are_the_schedulers(betas):
+    options = {"trained_betas": np.linspace(1e-3, 0.3, 50).tolist()} if betas == "trained" else {"beta_schedule": betas}
+    scheduler = diffusers.DDPMScheduler(**options, num_train_timesteps=50 if betas == "trained" else 1000)
+    schedule, prediction, _ = read_scheduler(scheduler.config)
+    np.testing.assert_allclose(schedule.alphas_cumprod, scheduler.alphas_cumprod.double().numpy(), rtol=2e-4)
+    assert prediction == "epsilon"
+
+
+def test_zero_terminal_snr_loses_its_last_step():
+    scheduler = diffusers.DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction", clip_sample=False)
+    schedule, prediction, notes = read_scheduler(scheduler.config)
+    np.testing.assert_allclose(schedule.alphas_cumprod, scheduler.alphas_cumprod[:-1].double().numpy(), rtol=2e-3)
+    assert (schedule.T, prediction) == (999, "v_prediction")
+    assert "the last step is dropped" in notes[0]
+
+
+def test_what_is_done_otherwise_is_said(tmp_path):
+    scheduler = diffusers.DDPMScheduler(clip_sample=True, clip_sample_range=2.0)
+    save(tmp_path, unet(), scheduler)
+    with pytest.warns(ModelWarning, match=r"clips the predicted image to ±2"):
+        field = ddim_ode.load(tmp_path)
+    assert len(field.notes) == 1
+    _, _, notes = read_scheduler(
+        {"_class_name": "DDIMScheduler", "use_karras_sigmas": True, "mystery": 3, "thresholding": True}
+    )
+    assert [n.split(":")[0] for n in notes] == ["thresholding", "use_karras_sigmas", "unknown option mystery = 3"]
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"_class_name": "LCMScheduler"}, "distilled|few jumps"),
+        ({"_class_name": "VQDiffusionScheduler"}, "discrete"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "from_velocity"),
+        ({"_class_name": "EDMEulerScheduler"}, "from_denoiser"),
+        ({"_class_name": "ScoreSdeVeScheduler"}, "from_score"),
+        ({"_class_name": "MyScheduler"}, "known are"),
+        ({"_class_name": "DDIMScheduler", "prediction_type": "flow_prediction"}, "prediction_type"),
+        ({"_class_name": "DDIMScheduler", "beta_schedule": "laplace"}, "beta_schedule = 'laplace'"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "from_velocity"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "from_denoiser"),
+    ],
+)
+def test_schedulers_without_this_ode_are_refused(config, says):
+    with pytest.raises(ValueError, match=says):
+        read_scheduler(config)
+
+
+# -- bad folders ------------------------------------------------------------------------------------
+def test_bad_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"is not a model: it has no config\.json"):
+        load(tmp_path)
+    folder = save(tmp_path / "whole", unet(), diffusers.DDIMScheduler(clip_sample=False))
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"unet is not a whole UNet2DModel"):
+        load(folder)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"unet is not a whole UNet2DModel"):
+        load(folder)
+    weights.write_bytes(content)
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"_class_')
+    with pytest.raises(ValueError, match="not whole JSON"):
+        load(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "unet"}))
+    with pytest.raises(ValueError, match="without unet or transformer"):
+        load(folder)
+    (folder / "unet" / "config.json").write_text('{"_class_name": "UNet3DModel"}')
+    with pytest.raises(ValueError, match="holds a UNet3DModel, and known are"):
+        load(folder / "unet")
+
+
+def test_a_name_on_the_hub_needs_a_network(monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", unreachable)
+    with pytest.raises(OSError, match=r"no folder here, and the hub did not give it \(no route to host\)"):
+        ddim_ode.load("google/ddpm-cifar10-32")
