@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint bench bench-defaults bench-network train clean
+.PHONY: demo test test-slow lint bench bench-defaults bench-network bench-throughput train clean
 
 demo: .venv/base                    ## compare solvers on the bundled network: a table, figures and JSON in out/demo
 	$(BIN)/ddim-ode compare --out out/demo
@@ -22,6 +22,9 @@ lint: .venv/dev                     ## format, lint and types
 bench: .venv/peers                  ## measured orders, and overhead beside the peers: about eight minutes
 	$(BIN)/python -m benchmarks.convergence
 	$(BIN)/python -m benchmarks.overhead
+
+bench-throughput: .venv/dev         ## images per second of training and sampling with the bundled networks: ten minutes
+	$(BIN)/python -m benchmarks.throughput
 
 bench-defaults: .venv/dev           ## which solver and grid are the defaults, and their gain over DDIM: half an hour
 	$(BIN)/python -m benchmarks.defaults
