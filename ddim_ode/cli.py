@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -35,7 +36,7 @@ from ddim_ode.models.checkpoints import build, bundled, load, save_model
 from ddim_ode.models.pipelines import ModelWarning
 from ddim_ode.models.unet import GaussianResidual
 from ddim_ode.sampling import DEFAULTS, decode, encode, interpolate, noise, plan, round_trip, sample
-from ddim_ode.schedule import NoiseSchedule
+from ddim_ode.schedule import NoiseSchedule, whole
 from ddim_ode.solution import Solution, Status
 from ddim_ode.solvers import get, solvers
 from ddim_ode.training import TrainingOptions, principal, train
@@ -165,7 +166,7 @@ def _sample(o: argparse.Namespace) -> int:
     else:
         latent, o.seed = _latent(o, field), None  # nothing is drawn
     options = _run_options(o, field, "sample")
-    _check_out(o, _shape(field), len(latent))
+    _check_out(o, _picture_shape(field), len(latent))
     run = sample(field, latent, n=o.n, **options)
     data.write_images(o.out, _pictures(field, run.x))
     return _report(o, field, {"sample": run})
@@ -174,7 +175,7 @@ def _sample(o: argparse.Namespace) -> int:
 def _decode(o: argparse.Namespace) -> int:
     field = _field(o)
     latent, options = _latent(o, field), _run_options(o, field, "sample")
-    _check_out(o, _shape(field), len(latent))
+    _check_out(o, _picture_shape(field), len(latent))
     run = decode(field, latent, **options)
     data.write_images(o.out, _pictures(field, run.x))
     return _report(o, field, {"decode": run})
@@ -218,14 +219,14 @@ def _interpolate(o: argparse.Namespace) -> int:
     runs: dict[str, Solution] = {}
     if o.images is None:
         options = _run_options(o, field, "sample")
-        _check_out(o, _shape(field), pairs * points)
+        _check_out(o, _picture_shape(field), pairs * points)
         ends = noise(_shape(field), 2 * pairs, o.seed).to(field.device or "cpu")
     else:
         images, o.seed = _images(o, field, None), None  # nothing is drawn
         if len(images) < 2 * pairs:
             raise ValueError(f"--pairs {pairs} needs {2 * pairs} images, but {o.images} holds {len(images)}")
         options = _run_options(o, field, "encode", "sample")
-        _check_out(o, _shape(field), pairs * points)
+        _check_out(o, _picture_shape(field), pairs * points)
         runs["encode"] = encode(field, images[: 2 * pairs], **options)
         ends = runs["encode"].x
     run = interpolate(field, ends[0::2], ends[1::2], points, **options)
@@ -289,20 +290,26 @@ def _train_here(o: argparse.Namespace) -> int:
             f"{out} holds a run of another network or data set: give another --out, or the options of {described}"
         )
     shape = tuple(images.shape[1:])
+    whole(o.save_every, "save_every")
+    # Before the first checkpoint: a run is never without what it is a run of.
+    write_json(described, description)
 
     def on_save(average: torch.nn.Module, step: int) -> None:
-        write_json(described, description)
         save_model(out / "model.safetensors", average, description | {"training": {"step": step, "data": o.data}})
         field = EpsilonField(average, schedule, shape=shape)
         data.write_images(out / "samples.png", sample(field, n=16, seed=0, nfe=20, batch_size=16).x)
 
     first = int(os.environ.get("RANK", "0")) == 0
     caught: list[int] = []
+    first_caught: list[float] = []
     reached = 0
 
     def catch(number: int, _: Any) -> None:
+        # A launcher passes on what the terminal has sent already: only a signal much later means "at once".
+        if caught and time.monotonic() - first_caught[0] > 10.0:
+            raise KeyboardInterrupt
+        first_caught.append(time.monotonic())
         caught.append(number)
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
 
     with tqdm(total=o.steps, desc="train", unit="step", disable=None if first else True) as bar:
 
@@ -409,6 +416,11 @@ def _model_options(text: str | None) -> dict[str, Any]:
     if "schedule" in options:
         options["schedule"] = NoiseSchedule.from_config(options["schedule"])
     return options
+
+
+def _picture_shape(field: EpsilonField) -> tuple[int, ...]:
+    """The shape of what is shown, (C, H, W) for images."""
+    return _shape(field) if field.codec is None else field.codec.shape
 
 
 def _pictures(field: EpsilonField, x: Tensor) -> Tensor:

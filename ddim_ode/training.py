@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import csv
 import math
+import pickle
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -166,7 +167,7 @@ def train(
         raise ValueError(f"batch_size must be a multiple of the {world} processes, but is {options.batch_size}")
     checkpoint, saved, mark = out / "checkpoint.pt", None, zlib.crc32(np.ascontiguousarray(images).data)
     if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        saved = _saved(checkpoint, device)
         _check_options(saved["options"], options, out)
         if saved["images"] != mark:
             raise ValueError(f"{out} holds a run on other images: give another folder")
@@ -180,8 +181,8 @@ def train(
         average.load_state_dict(saved["average"])
         optimiser.load_state_dict(saved["optimiser"])
         step = saved["step"]
-        if rank == 0:
-            _keep_log(out / "log.csv", step)
+    if rank == 0:
+        _keep_log(out / "log.csv", step)
     run = torch.compile(network, dynamic=False) if options.compile else network
     parameters: list[Tensor] = list(network.parameters())
     averaged: list[Tensor] = list(average.parameters())
@@ -261,6 +262,17 @@ def _any(flag: bool, device: str | torch.device) -> bool:
     told = torch.tensor(float(flag), device=device)
     distributed.all_reduce(told)
     return bool(told > 0.0)
+
+
+def _saved(checkpoint: Path, device: str | torch.device) -> dict[str, Any]:
+    try:
+        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        missing = {"network", "average", "optimiser", "step", "options", "images", "losses", "seconds"} - saved.keys()
+    except (RuntimeError, EOFError, OSError, AttributeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{checkpoint} is not a whole checkpoint: remove it to begin anew") from error
+    if missing:
+        raise ValueError(f"{checkpoint} lacks {', '.join(sorted(missing))}: it is no checkpoint of this version")
+    return saved
 
 
 def _check_options(before: dict[str, Any], options: TrainingOptions, out: Path) -> None:

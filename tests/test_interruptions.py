@@ -109,6 +109,7 @@ def test_sigterm_saves_at_once_and_says_so(tmp_path, images):
         assert run.poll() is None
         time.sleep(0.02)
     run.send_signal(signal.SIGTERM)
+    run.send_signal(signal.SIGTERM)  # as a launcher does that passes on what the terminal has sent already
     error = run.communicate(timeout=60)[1].decode()
     assert run.returncode == 143
     step, _ = state(out)

@@ -6,9 +6,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import ddim_ode
 from ddim_ode import NoiseSchedule
+from ddim_ode.cli import main
 from ddim_ode.models.pipelines import ModelWarning, from_pipeline, read_scheduler
 
 with warnings.catch_warnings():
@@ -123,6 +125,10 @@ def test_dit_with_its_codec_and_guidance(tmp_path):
         wanted = vae.decode(latent.float() / vae.config.scaling_factor).sample
     torch.testing.assert_close(field.codec.decode(latent), wanted)
     assert field.codec.encode(wanted).shape == (1, 4, 8, 8)
+    options = ["--model-options", '{"class_labels": 1}', "--n", "1", "--nfe", "2", "--out", str(tmp_path / "one.png")]
+    assert main(["sample", "--model", str(tmp_path), *options]) == 0
+    with Image.open(tmp_path / "one.png") as picture:
+        assert (picture.size, picture.mode) == ((16, 16), "RGB")
 
 
 def test_stable_diffusion_built_from_its_parts(tmp_path):
@@ -222,7 +228,9 @@ def test_what_is_done_otherwise_is_said(tmp_path):
     _, _, notes = read_scheduler(
         {"_class_name": "DDIMScheduler", "use_karras_sigmas": True, "mystery": 3, "thresholding": True}
     )
-    assert [n.split(":")[0] for n in notes] == ["thresholding", "use_karras_sigmas", "unknown option mystery = 3"]
+    names = [n.split(":")[0] for n in notes]
+    # What a folder leaves out is the class's default, and this class clips.
+    assert names == ["clip_sample", "thresholding", "use_karras_sigmas", "unknown option mystery = 3"]
 
 
 @pytest.mark.parametrize(

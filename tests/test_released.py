@@ -320,6 +320,8 @@ def test_bad_weights_are_refused(authors, tmp_path):
     refused({"a": torch.zeros(1)}, "of a network not known here")
     refused({"epoch": 3}, "holds no weights: a dictionary of epoch")
     refused({k: v for k, v in state.items() if k != "conv_out.bias"}, r"missing \['conv_out.bias'\].*another network")
+    for lost in ("conv_out.weight", "down.1.block.0.conv1.weight", "conv_in.weight"):
+        refused({k: v for k, v in state.items() if k != lost}, f"lacks {lost}|not known here")
     refused(state | {"extra": torch.zeros(1)}, r"unknown \['extra'\]")
     refused(state | {"conv_out.bias": torch.zeros(9)}, r"conv_out.bias is \(9,\), not \(3,\)")
     refused(state, "knows no texts", prompt="a cat")
@@ -328,6 +330,8 @@ def test_bad_weights_are_refused(authors, tmp_path):
     guided = GuidedUNet(width=32, multipliers=(1,), blocks=1, attention=(), classes=3).state_dict()
     refused(guided, "class-conditional: give class_labels=")
     refused(guided, "from 0 to 2", class_labels=3)
+    for lost in ("out.2.weight", "input_blocks.1.0.in_layers.2.weight", "input_blocks.1.0.emb_layers.1.weight"):
+        refused({k: v for k, v in guided.items() if k != lost}, f"lacks {lost}")
     with pytest.raises(ValueError, match="says itself what it is: leave schedule out"):
         ddim_ode.load("fashion-mnist", schedule=NoiseSchedule.linear())
 

@@ -91,6 +91,23 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(tm
     assert all(bool(x.isfinite().all()) for x in kept["network"].values())
 
 
+def test_a_cut_checkpoint_is_refused(tmp_path):
+    train(network(), IMAGES, LINEAR, tmp_path, OPTIONS)
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        train(network(), IMAGES, LINEAR, tmp_path, OPTIONS)
+    torch.save({"step": 3}, path)
+    with pytest.raises(ValueError, match="lacks average, images"):
+        train(network(), IMAGES, LINEAR, tmp_path, OPTIONS)
+
+
+def test_a_log_without_a_checkpoint_begins_anew(tmp_path):
+    (tmp_path / "log.csv").write_text("step,loss,learning_rate,seconds\n4,0.1,0.1,0.1\n", encoding="utf-8")
+    train(network(), IMAGES, LINEAR, tmp_path, OPTIONS, save_every=4)
+    assert [row[0] for row in log(tmp_path)] == ["step", "4", "8"]
+
+
 def test_dropout_resumes_too(tmp_path):
     def dropping():
         torch.manual_seed(0)

@@ -149,7 +149,8 @@ def _released(
 
 
 def _may_be_on_the_hub(model: str | os.PathLike[str]) -> bool:
-    return isinstance(model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not Path(model).suffix
+    files = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".npz", ".safetensors")
+    return isinstance(model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not model.endswith(files)
 
 
 def _is_ours(path: Path) -> bool:

@@ -119,7 +119,8 @@ def read_scheduler(config: dict[str, Any]) -> tuple[NoiseSchedule, str, list[str
             "rescale_betas_zero_snr makes sigma_T infinite: the last step is dropped, and the ODE starts at "
             f"sigma = {schedule.sigma_max:.4g}, t = {schedule.T:.0f}"
         )
-    if config.get("clip_sample"):
+    # Older folders leave out what is a default, and these two clip by default.
+    if config.get("clip_sample", name in ("DDIMScheduler", "DDPMScheduler")):
         span = config.get("clip_sample_range", 1.0)
         notes.append(f"clip_sample: {name} clips the predicted image to ±{span:g} in each step, and eq. 14 does not")
     if config.get("thresholding"):

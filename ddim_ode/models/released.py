@@ -103,24 +103,30 @@ def build_released(state: State, path: Path, **options: Any) -> tuple[nn.Module,
     ValueError
         If the names are nobody's known, or some are missing.
     """
+    try:
+        network, family, classes = _build(state, path, options)
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error.args[0]}: it is cut, or a part of a network") from error
+    fit(network, state, path)
+    channels = int(state["conv_in.weight" if family == "ddim" else "input_blocks.0.0.weight"].shape[1])
+    return network.eval().requires_grad_(False), {"family": family, "channels": channels, "classes": classes}
+
+
+def _build(state: State, path: Path, options: dict[str, Any]) -> tuple[nn.Module, str, int | None]:
+    """The network, its family and its number of classes."""
     if "temb.dense.0.weight" in state and "conv_in.weight" in state:
-        network: nn.Module = _authors(state, path, options)
-        family, classes = "ddim", None
-    elif "time_embed.0.weight" in state and "input_blocks.0.0.weight" in state:
+        return _authors(state, path, options), "ddim", None
+    if "time_embed.0.weight" in state and "input_blocks.0.0.weight" in state:
         config = read_config(state)
         if not {"heads", "head_channels"} & options.keys():
             # Their 64-channel heads came with blocks that resample; before that there were four.
             options |= {"head_channels": 64} if config["resample_blocks"] else {"heads": 4}
-        network, family, classes = GuidedUNet(**config, **options), "guided", config["classes"]
-    else:
-        known = "the authors' ddim (temb.dense.0…) and improved-/guided-diffusion (time_embed.0…)"
-        some = ", ".join(list(state)[:3])
-        raise ValueError(
-            f"{path} holds weights of a network not known here ({some}, …): known are {known}; wrap yours by hand"
-        )
-    fit(network, state, path)
-    channels = int(state["conv_in.weight" if family == "ddim" else "input_blocks.0.0.weight"].shape[1])
-    return network.eval().requires_grad_(False), {"family": family, "channels": channels, "classes": classes}
+        return GuidedUNet(**config, **options), "guided", config["classes"]
+    known = "the authors' ddim (temb.dense.0…) and improved-/guided-diffusion (time_embed.0…)"
+    some = ", ".join(list(state)[:3])
+    raise ValueError(
+        f"{path} holds weights of a network not known here ({some}, …): known are {known}; wrap yours by hand"
+    )
 
 
 def fit(network: nn.Module, state: State, path: Path) -> None:
