@@ -8,7 +8,7 @@ everyone's. What a user would make once is made outside the timed part: grids, l
 hand, and ``set_timesteps`` of diffusers. A second part asks what is left of it beside a real network: whole runs
 over the bare calls of that network::
 
-    python -m benchmarks.overhead [--out benchmarks/results] [--repeats 25] [--network-repeats 7]
+    python -m benchmarks.overhead [--out benchmarks/results] [--repeats 25] [--network-repeats 21]
 
 Records ``overhead.json``. A peer that is not installed is named in its row, and nothing else changes.
 """
@@ -350,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure what the package adds to a model call.")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder for overhead.json")
     parser.add_argument("--repeats", type=int, default=25, help="of the runs with a model that does nothing")
-    parser.add_argument("--network-repeats", type=int, default=7, help="of the runs with a network")
+    parser.add_argument("--network-repeats", type=int, default=21, help="of the runs with a network")
     options = parser.parse_args(argv)
     output_folder(options.out)
     torch.set_num_threads(1)

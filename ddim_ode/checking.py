@@ -122,6 +122,7 @@ class _Probe:
     def __init__(self, field: EpsilonField, images: Tensor, seed: int) -> None:
         self.field = copy.copy(field)  # its counter and its guesses are its own
         self.field.nfe = 0
+        self.field.guidance_scale = 1.0  # a guided ε is no estimate of the noise, and its loss says nothing
         self.images = images.detach().to(torch.float64)
         self.noise = noise(tuple(images.shape[1:]), images.shape[0], seed).to(images.device)
         self.spread = float((self.images - self.images.mean()).square().mean().sqrt())

@@ -300,16 +300,14 @@ def _train_here(o: argparse.Namespace) -> int:
         data.write_images(out / "samples.png", sample(field, n=16, seed=0, nfe=20, batch_size=16).x)
 
     first = int(os.environ.get("RANK", "0")) == 0
-    caught: list[int] = []
-    first_caught: list[float] = []
+    caught: list[tuple[int, float]] = []
     reached = 0
 
     def catch(number: int, _: Any) -> None:
         # A launcher passes on what the terminal has sent already: only a signal much later means "at once".
-        if caught and time.monotonic() - first_caught[0] > 10.0:
+        if caught and time.monotonic() - caught[0][1] > 10.0:
             raise KeyboardInterrupt
-        first_caught.append(time.monotonic())
-        caught.append(number)
+        caught.append((number, time.monotonic()))
 
     with tqdm(total=o.steps, desc="train", unit="step", disable=None if first else True) as bar:
 
@@ -338,7 +336,7 @@ def _train_here(o: argparse.Namespace) -> int:
                 signal.signal(number, handler)
         if caught and reached < o.steps:
             print(f"ddim-ode: stopped at step {reached}; the same command goes on from there", file=sys.stderr)
-            return 128 + caught[0]
+            return 128 + caught[0][0]
     if not first:
         return 0
     print(f"written to {out}: model.safetensors, checkpoint.pt, log.csv, network.json, samples.png")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ddim_ode.schedule import NoiseSchedule
 
-__all__ = ["COORDINATES", "Codec", "EpsilonField", "PREDICTIONS"]
+__all__ = ["COORDINATES", "Codec", "EpsilonField", "PREDICTIONS", "as_epsilon"]
 
 
 # ε = a x̄ + b · output, by σ, which the caller keeps at or above the first trained level. The score is that of x̄.
@@ -425,7 +425,7 @@ class EpsilonField:
             scale, t, a, b = entry
             self.nfe += 1
             if state == dtype:
-                x = x_bar * scale if scale != 1.0 else x_bar
+                x = x_bar * scale  # a copy even where scale is 1: a model may work in place
             elif dtype == torch.float16:  # x̄ may be as large as σ_T, which float16 need not hold
                 x = (x_bar * scale).to(dtype)
             else:

@@ -192,6 +192,15 @@ def test_other_kinds_of_field():
     assert "a quarter of their logarithm" in wrong(EpsilonField.from_denoiser(quarter, NoiseSchedule.edm()))["label"]
 
 
+def test_guidance_is_not_what_is_judged():
+    class Conditional(Network):
+        def forward(self, x, t, condition):
+            return super().forward(x, t) * (1.0 + 0.3 * condition.reshape(-1, 1, 1, 1))
+
+    given, null = torch.zeros(1), torch.ones(1)
+    assert not wrong(EpsilonField(Conditional(), LINEAR, condition=given, null_condition=null, guidance_scale=5.0))
+
+
 def test_half_precision_is_noted():
     class Half(Network):
         def __init__(self):

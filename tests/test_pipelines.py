@@ -82,6 +82,18 @@ def test_a_bare_network(tmp_path):
     assert (field.prediction, field.schedule.config["kind"]) == ("v_prediction", "cosine")
 
 
+def test_texts_that_nobody_reads_are_refused(tmp_path):
+    save(tmp_path / "plain", unet(), diffusers.DDIMScheduler(clip_sample=False))
+    with pytest.raises(ValueError, match="no text encoder"):
+        load(tmp_path / "plain", prompt="a cat")
+    diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32,), layers_per_block=1, cross_attention_dim=16, attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+    ).save_pretrained(tmp_path / "text")  # fmt: skip
+    with pytest.raises(ValueError, match="wants a text's embedding"):
+        load(tmp_path / "text")
+
+
 def test_a_class_conditional_network(tmp_path):
     network = unet(num_class_embeds=5)
     save(tmp_path, network, diffusers.DDIMScheduler(clip_sample=False))

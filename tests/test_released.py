@@ -1,7 +1,6 @@
 """Others' weights by name: the same numbers as an independent implementation's with the same weights."""
 
 import pickle
-import warnings
 
 import numpy as np
 import pytest
@@ -12,20 +11,9 @@ import ddim_ode
 from ddim_ode import NoiseSchedule
 from ddim_ode.models.guided import GuidedUNet, read_config
 from ddim_ode.models.unet import UNet
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    diffusers = pytest.importorskip("diffusers")
+from tests.test_pipelines import diffusers, randomised
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-
-def randomised(network):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.copy_(0.08 * torch.randn(parameter.shape, generator=generator))
-    return network.eval()
 
 
 AUTHORS = {

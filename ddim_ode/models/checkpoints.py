@@ -16,7 +16,7 @@ from torch import nn
 
 from ddim_ode.field import EpsilonField
 from ddim_ode.files import replacing
-from ddim_ode.models.pipelines import classes_tensor, load_folder
+from ddim_ode.models.pipelines import Declared, classes_tensor, load_folder
 from ddim_ode.models.released import build_released, read_state
 from ddim_ode.models.unet import GaussianResidual, UNet
 from ddim_ode.schedule import NoiseSchedule
@@ -89,33 +89,32 @@ def load(
         Where a folder asks for something that is done otherwise here.
     """
     path = Path(model)
-    said: dict[str, Any] = {"schedule": schedule, "prediction": prediction, "class_labels": class_labels}
-    texts: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative_prompt}
+    declared = Declared(schedule, prediction, class_labels, prompt, negative_prompt)
     if str(model) in bundled():
         path = _BUNDLED / f"{model}.safetensors"
     elif path.is_dir() or (not path.exists() and _may_be_on_the_hub(model)):
         if network is not None or ema is not None:
             raise ValueError("network and ema belong to weights in a file; a folder says what it is")
-        return load_folder(path if path.is_dir() else str(model), device=device, **said, **texts, **options)
+        return load_folder(path if path.is_dir() else str(model), declared, device=device, **options)
     elif not path.is_file():
         raise FileNotFoundError(
             f"no model {str(model)!r}: it is neither a file, a folder, nor a bundled network ({', '.join(bundled()) or 'none'})"
         )
-    if any(text is not None for text in texts.values()):
+    if prompt is not None or negative_prompt is not None:
         raise ValueError(f"{path} knows no texts: prompt belongs to a text-to-image pipeline's folder")
     if path.suffix == ".safetensors" and _is_ours(path):
-        unused = [k for k, v in (said | {"ema": ema, "network": network}).items() if v is not None]
+        unused = [k for k, v in (vars(declared) | {"ema": ema, "network": network}).items() if v is not None]
         if unused:
             raise ValueError(f"{path} says itself what it is: leave {', '.join(unused)} out")
         own, made, shape = _read(path)
         return EpsilonField(own.to(device), made, shape=shape, **options)
-    return _released(path, device, said, ema, dict(network or {}), options)
+    return _released(path, device, declared, ema, dict(network or {}), options)
 
 
 def _released(
     path: Path,
     device: str | torch.device,
-    said: dict[str, Any],
+    declared: Declared,
     ema: bool | None,
     arguments: dict[str, Any],
     options: dict[str, Any],
@@ -126,7 +125,7 @@ def _released(
         arguments.pop("resolution", None)
     network, description = build_released(state, path, **arguments)
     shape = getattr(network, "shape", None) or (resolution and (description["channels"], resolution, resolution))
-    classes, labels = description["classes"], said["class_labels"]
+    classes, labels = description["classes"], declared.class_labels
     if (classes is None) != (labels is None):
         needs = (
             "knows no classes: leave class_labels out"
@@ -135,7 +134,7 @@ def _released(
         )
         raise ValueError(f"{path} {needs}")
     condition = None if labels is None else classes_tensor(labels, classes, device)
-    schedule, prediction = said["schedule"], said["prediction"]
+    schedule, prediction = declared.schedule, declared.prediction
     notes = [{"average": "the moving average of the weights, of a file that holds both", "last": "the last weights, no average",
               "unknown": "weights that do not say whether they are an average: sampling wants the average"}[which]]  # fmt: skip
     if schedule is None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from ddim_ode.field import Codec, EpsilonField
 from ddim_ode.schedule import NoiseSchedule
 
-__all__ = ["ModelWarning", "classes_tensor", "from_pipeline", "load_folder", "read_scheduler"]
+__all__ = ["Declared", "ModelWarning", "classes_tensor", "from_pipeline", "load_folder", "read_scheduler"]
 
 
 class ModelWarning(UserWarning):
@@ -195,16 +196,19 @@ _NETWORKS = {
 }
 
 
+@dataclass(frozen=True)
+class Declared:
+    """What a caller says of a model beside its files: the arguments of :func:`ddim_ode.load` of the same names."""
+
+    schedule: NoiseSchedule | None = None
+    prediction: str | None = None
+    class_labels: Any = None
+    prompt: str | list[str] | None = None
+    negative_prompt: str | list[str] | None = None
+
+
 def load_folder(
-    path: str | os.PathLike[str],
-    *,
-    device: str | torch.device = "cpu",
-    schedule: NoiseSchedule | None = None,
-    prediction: str | None = None,
-    class_labels: Any = None,
-    prompt: str | list[str] | None = None,
-    negative_prompt: str | list[str] | None = None,
-    **options: Any,
+    path: str | os.PathLike[str], declared: Declared, *, device: str | torch.device = "cpu", **options: Any
 ) -> EpsilonField:
     r"""The field of a diffusers folder: a pipeline, or a bare network.
 
@@ -215,13 +219,8 @@ def load_folder(
         (``"google/ddpm-cifar10-32"``), where the network allows.
     device : device
         Where the network goes.
-    schedule, prediction
-        To be used in place of the scheduler's; needed for a bare network that was not trained with the paper's schedule.
-    class_labels : int or sequence of int, optional
-        Classes, one for all samples or one a sample, for a class-conditional network.
-    prompt, negative_prompt : str or list of str
-        Texts, one for all samples or one a sample, for a text-to-image pipeline; the second is the condition that
-        stands for none.
+    declared : Declared
+        What is said of it. A schedule is needed for a bare network that was not trained with the paper's.
     **options
         As for :class:`EpsilonField`, such as ``guidance_scale``.
 
@@ -247,10 +246,7 @@ def load_folder(
     if index is not None and index.get("_class_name") == "StableDiffusionPipeline":
         extra = {"safety_checker": None, "requires_safety_checker": False}
         pipeline = _pretrained(diffusers.StableDiffusionPipeline, path, "", **extra)
-        return from_pipeline(
-            pipeline.to(device), schedule=schedule, prediction=prediction, prompt=prompt,
-            negative_prompt=negative_prompt, **options,
-        )  # fmt: skip
+        return _of_pipeline(pipeline.to(device), declared, options)
     folder = Path(path)
     if index is None:
         part, config = "", _json(folder / "config.json")
@@ -276,20 +272,29 @@ def load_folder(
         kind = next((k for k in ("vae", "vqvae") if k in index), None)
         if kind is not None:
             vae = _pretrained(getattr(diffusers, index[kind][1]), path, kind)
-    return _field(network, scheduler, vae, device, schedule, prediction, class_labels, None, None, options, str(path))
+    return _field(network, scheduler, vae, device, declared, None, None, options, str(path))
 
 
-def from_pipeline(
-    pipeline: Any,
-    *,
-    schedule: NoiseSchedule | None = None,
-    prediction: str | None = None,
-    class_labels: Any = None,
-    prompt: str | list[str] | None = None,
-    negative_prompt: str | list[str] | None = None,
-    **options: Any,
-) -> EpsilonField:
-    """The field of a diffusers pipeline in memory; the arguments are those of :func:`load_folder`."""
+def from_pipeline(pipeline: Any, **said: Any) -> EpsilonField:
+    """The field of a diffusers pipeline in memory.
+
+    Parameters
+    ----------
+    pipeline : DiffusionPipeline
+        With a network of a known class.
+    **said
+        ``schedule``, ``prediction``, ``class_labels``, ``prompt``, ``negative_prompt`` and the options of
+        :class:`EpsilonField`, as for :func:`ddim_ode.load`.
+    """
+    names = {field.name for field in fields(Declared)}
+    return _of_pipeline(
+        pipeline,
+        Declared(**{k: v for k, v in said.items() if k in names}),
+        {k: v for k, v in said.items() if k not in names},
+    )
+
+
+def _of_pipeline(pipeline: Any, declared: Declared, options: dict[str, Any]) -> EpsilonField:
     network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     if network is None or type(network).__name__ not in _NETWORKS:
         raise ValueError(
@@ -300,16 +305,13 @@ def from_pipeline(
         raise ValueError(f"a {type(pipeline).__name__} has conditions beside the text: wrap it by hand, docs/models.md")
     condition = null = None
     if getattr(pipeline, "text_encoder", None) is not None:
-        if prompt is None:
+        if declared.prompt is None:
             raise ValueError("a text-to-image pipeline needs prompt=, a text for all samples or one a sample")
         with torch.no_grad():
-            condition, null = (_encode(pipeline, text) for text in (prompt, negative_prompt or ""))
+            condition, null = (_encode(pipeline, text) for text in (declared.prompt, declared.negative_prompt or ""))
     scheduler = dict(pipeline.scheduler.config) | {"_class_name": type(pipeline.scheduler).__name__}
     vae = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
-    return _field(
-        network, scheduler, vae, network.device, schedule, prediction, class_labels, condition, null, options,
-        type(pipeline).__name__,
-    )  # fmt: skip
+    return _field(network, scheduler, vae, network.device, declared, condition, null, options, type(pipeline).__name__)
 
 
 def _encode(pipeline: Any, text: str | list[str]) -> Tensor:
@@ -328,15 +330,20 @@ def _field(
     scheduler: dict[str, Any] | None,
     vae: Any,
     device: Any,
-    schedule: NoiseSchedule | None,
-    prediction: str | None,
-    class_labels: Any,
+    declared: Declared,
     condition: Tensor | None,
     null: Tensor | None,
     options: dict[str, Any],
     where: str,
 ) -> EpsilonField:
     config = network.config
+    schedule, prediction, class_labels = declared.schedule, declared.prediction, declared.class_labels
+    if condition is None and (declared.prompt is not None or declared.negative_prompt is not None):
+        raise ValueError(f"{where} has no text encoder that is known here: leave prompt out")
+    if condition is None and type(network).__name__ == "UNet2DConditionModel":
+        raise ValueError(
+            f"{where} wants a text's embedding: load the StableDiffusionPipeline it belongs to, or wrap it by hand"
+        )
     notes: list[str] = []
     if schedule is None or prediction is None:
         if scheduler is None:
