@@ -35,7 +35,7 @@ class Finding:
     Attributes
     ----------
     check : str
-        Which: ``call``, ``dtype``, ``determinism``, ``batch``, ``prediction``, ``label``, ``fraction``, ``range`` or ``loss``.
+        Which: ``call``, ``determinism``, ``dtype``, ``batch``, ``prediction``, ``label``, ``fraction``, ``range`` or ``loss``.
     verdict : {"ok", "note", "wrong"}
         A note is no mistake, but worth knowing.
     text : str
@@ -106,14 +106,13 @@ def check(field: EpsilonField, images: Tensor, *, seed: int = 0) -> Report:
         raise ValueError("images must be two or more: one cannot tell whether samples of a batch disturb each other")
     probe = _Probe(field, images, seed)
     findings: list[Finding] = []
-    for examine in (_call, _dtype, _determinism, _batch, _range, _prediction, _label, _fraction):
+    for examine in (_call, _determinism, _dtype, _batch, _range, _prediction, _label, _fraction):
         found = examine(probe)
         findings += [] if found is None else [found]
         if found is not None and found.check in ("call", "range") and found.verdict == "wrong":
             return Report(tuple(findings), {}, probe.calls)
-    loss = {sigma: probe.loss(probe.field, sigma) for sigma in probe.levels}
-    findings.append(_loss(probe, loss))
-    return Report(tuple(findings), loss, probe.calls)
+    found, loss = _loss(probe)
+    return Report((*findings, found), loss, probe.calls)
 
 
 class _Probe:
@@ -129,6 +128,7 @@ class _Probe:
         low, high = field.schedule.sigma_min, field.schedule.sigma_max
         self.levels = [s for s in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0) if low <= s <= high] or [math.sqrt(low * high)]
         self.middle = self.levels[len(self.levels) // 2]
+        self.jitter = 0.0
         self.calls = 0
 
     def noised(self, sigma: float, rows: slice = slice(None), images: Tensor | None = None) -> Tensor:
@@ -139,9 +139,13 @@ class _Probe:
             self.calls += 1
             return field.bind(x_bar, (sigma,), rows)(x_bar, sigma)
 
-    def loss(self, field: EpsilonField, sigma: float, images: Tensor | None = None) -> float:
+    def each(self, field: EpsilonField, sigma: float, images: Tensor | None = None) -> Tensor:
+        """The loss of each image, (B,)."""
         found = self.ask(field, self.noised(sigma, images=images), sigma)
-        return float((found - self.noise).square().mean())
+        return (found - self.noise).square().flatten(1).mean(dim=1)
+
+    def loss(self, field: EpsilonField, sigma: float, images: Tensor | None = None) -> float:
+        return float(self.each(field, sigma, images).mean())
 
     def losses(self, field: EpsilonField, levels: list[float]) -> list[float]:
         return [self.loss(field, sigma) for sigma in levels]
@@ -199,24 +203,32 @@ def _call(probe: _Probe) -> Finding:
     return Finding("call", "ok", f"takes and returns samples of shape {shape}", {"shape": list(shape)})
 
 
-def _dtype(probe: _Probe) -> Finding:
+def _dtype(probe: _Probe) -> Finding | None:
+    """What the model rounds to: on a line of three close points a smooth ε bends by its rounding alone."""
+    if probe.jitter:
+        return None  # the rounding is drowned
     dtype = probe.field.autocast or probe.field.dtype
-    name = "that of the state" if dtype is None else str(dtype).removeprefix("torch.")
+    name = "the state's dtype" if dtype is None else str(dtype).removeprefix("torch.")
+    x_bar = probe.noised(probe.middle)
+    first, second, third = (probe.ask(probe.field, x_bar + k * 1e-4 * probe.noise, probe.middle) for k in range(3))
+    bend = float((first - 2.0 * second + third).square().mean().sqrt()) / 6.0**0.5
+    values = {"dtype": name, "rounding": bend}
+    floor = f"no solver's error falls below its rounding, {bend:.1e} RMS in ε"
     if dtype in (torch.float16, torch.bfloat16):
-        text = f"the model computes in {name}: no solver's error falls below its rounding, about {_rounding(probe):.1e} in ε"
-        return Finding("dtype", "note", text, {"dtype": name})
-    return Finding("dtype", "ok", f"the model computes in {name}", {"dtype": name})
-
-
-def _rounding(probe: _Probe) -> float:
-    dtype = probe.field.autocast or probe.field.dtype or torch.float64
-    return torch.finfo(dtype).eps
+        return Finding("dtype", "note", f"the model computes in {name}: {floor}", values)
+    if bend > 1e-4:
+        text = (
+            f"declared to compute in {name}, but rounds as shorter formats do: {floor}; look for autocast inside the model, "
+            "half-precision layers, or TF32 matrix products"
+        )
+        return Finding("dtype", "note", text, values)
+    return Finding("dtype", "ok", f"the model computes in {name} (rounding {bend:.0e} RMS in ε)", values)
 
 
 def _determinism(probe: _Probe) -> Finding:
     x_bar = probe.noised(probe.middle)
     first, second = (probe.ask(probe.field, x_bar, probe.middle) for _ in range(2))
-    difference = float((first - second).square().mean().sqrt())
+    difference = probe.jitter = float((first - second).square().mean().sqrt())
     values = {"rms_difference": difference}
     model = probe.field.model
     training = isinstance(model, nn.Module) and any(module.training for module in model.modules())
@@ -231,12 +243,14 @@ def _determinism(probe: _Probe) -> Finding:
 
 
 def _batch(probe: _Probe) -> Finding:
-    x_bar, count = probe.noised(probe.middle), min(probe.images.shape[0], 4)
-    together = probe.ask(probe.field, x_bar, probe.middle)
-    alone = [probe.ask(probe.field, x_bar[i : i + 1], probe.middle, slice(i, i + 1)) for i in range(count)]
-    difference = float((torch.cat(alone) - together[:count]).square().mean().sqrt())
+    x_bar, half = probe.noised(probe.middle), probe.images.shape[0] // 2
+    other = x_bar.clone()
+    other[half:] = -0.5 * other[half:]
+    # Batches of one size: a model that keeps samples apart then rounds alike, whatever its dtype.
+    one, two = (probe.ask(probe.field, x, probe.middle)[:half] for x in (x_bar, other))
+    difference = float((one - two).square().mean().sqrt())
     values = {"rms_difference": difference}
-    if difference > 50.0 * _rounding(probe) ** 0.75:
+    if difference > 1e-5 + 4.0 * probe.jitter:
         text = (
             f"a sample's ε changes by {difference:.1e} RMS with its neighbours in the batch: batch norm in training mode, or a "
             "layer that mixes samples; results will depend on batch_size"
@@ -268,7 +282,10 @@ def _label(probe: _Probe) -> Finding | None:
     scales = _scales(probe)
     if scales is not None:
         return scales
-    shift, gain, error, loss = _shift(probe)
+    shifted = _shift(probe)
+    if shifted is None:
+        return Finding("label", "ok", "labels fit; the schedule is too short to tell shifts of them apart", {})
+    shift, gain, error, loss = shifted
     values = {"best_shift": shift, "gain": gain, "standard_error": error, "loss_by_shift": loss}
     unit = "a step is 1" if probe.field.schedule.discrete else "a thousandth of the time is 1"
     unit = "12 % of sigma is 1" if probe.field.label == "sigma" else unit
@@ -314,7 +331,7 @@ def _scales(probe: _Probe) -> Finding | None:
     )
 
 
-def _shift(probe: _Probe) -> tuple[float, float, float, dict[str, float]]:
+def _shift(probe: _Probe) -> tuple[float, float, float, dict[str, float]] | None:
     """How far the labels seem to be off; what that gains in loss, the standard error of it, and the losses.
 
     The place is that of a parabola through the loss at shifted labels. The error is over images, each of which sees
@@ -327,16 +344,18 @@ def _shift(probe: _Probe) -> tuple[float, float, float, dict[str, float]]:
         levels = [s for s in (0.02, 0.04, 0.08, 0.16) if schedule.sigma_min <= s <= schedule.sigma_max] or probe.levels
         change = lambda k: lambda t: t * math.exp(0.12 * k)
     else:
-        # Where a step changes σ most: near the data.
-        levels = [float(schedule.sigma(min(schedule.t_min + step * k, schedule.T))) for k in (3, 5, 9, 16)]
+        # Where a step changes σ most: near the data. Shifted labels must be some that the model knows.
+        last = schedule.T - 2.0 * step
+        levels = [float(schedule.sigma(t)) for k in (2, 3, 5, 9, 16) if (t := schedule.t_min + step * k) <= last][-4:]
         change = lambda k: lambda t: t + (k * step if t.is_floating_point() else int(k))
+    if not levels:
+        return None
     shifts = (-2.0, -1.0, 0.0, 1.0, 2.0)
     found = torch.zeros(len(shifts), len(levels), probe.images.shape[0], dtype=torch.float64)
     for i, k in enumerate(shifts):
         field = probe.relabelled(change(k)) if k else probe.field
         for j, sigma in enumerate(levels):
-            eps = probe.ask(field, probe.noised(sigma), sigma)
-            found[i, j] = (eps - probe.noise).square().flatten(1).mean(dim=1).cpu()
+            found[i, j] = probe.each(field, sigma).cpu()
     # Relative to the mean at each level, so that no level drowns the others.
     each = (found / found.mean(dim=(0, 2), keepdim=True)).mean(dim=1)
     total = each.mean(dim=1)
@@ -363,6 +382,8 @@ def _fraction(probe: _Probe) -> Finding | None:
     if probe.field.label == "nearest":
         return Finding("fraction", "note", f"labels are rounded to integers, as declared: {cap}", {})
     schedule = probe.field.schedule
+    if schedule.T < 3:
+        return None
     t = float(max(2, int(schedule.T) // 10))
     whole, half = (float(schedule.sigma(x)) for x in (t, t + 0.5))
     x_bar = probe.noised(whole)
@@ -410,22 +431,42 @@ def _range(probe: _Probe) -> Finding | None:
     return Finding("range", "ok", f"images span {low:.3g}…{high:.3g}", values)
 
 
-def _loss(probe: _Probe, loss: dict[float, float]) -> Finding:
-    bound = {sigma: probe.spread**2 / (probe.spread**2 + sigma**2) for sigma in loss}
-    rows = ", ".join(f"{value:.3g} at {sigma:g}" for sigma, value in loss.items())
-    middle = [s for s in loss if 0.1 <= s <= 1.0] or list(loss)
-    worse = [s for s in middle if not loss[s] < bound[s]]
+def _loss(probe: _Probe) -> tuple[Finding, dict[float, float]]:
+    """The loss by σ, beside that of the best ε that knows only the images' mean and variance, on the same noise."""
+    mean, variance = probe.images.mean(), probe.spread**2
+    middle = [s for s in probe.levels if 0.1 <= s <= 1.0] or probe.levels
+    loss: dict[float, float] = {}
+    bound: dict[float, float] = {}
+    worse: list[float] = []
+    unclear: list[float] = []
+    for sigma in probe.levels:
+        each = probe.each(probe.field, sigma)
+        gaussian = (probe.noised(sigma) - mean) * (sigma / (variance + sigma**2))
+        known = (gaussian - probe.noise).square().flatten(1).mean(dim=1)
+        loss[sigma], bound[sigma] = float(each.mean()), float(known.mean())
+        excess = each - known
+        if sigma not in middle or loss[sigma] < bound[sigma]:
+            continue
+        chance = 3.0 * float(excess.std()) / excess.numel() ** 0.5
+        (unclear if float(excess.mean()) < chance else worse).append(sigma)
     values = {
         "loss": {f"{s:g}": v for s, v in loss.items()},
         "isotropic_gaussian": {f"{s:g}": v for s, v in bound.items()},
     }
+    rows = ", ".join(f"{value:.3g} at {sigma:g}" for sigma, value in loss.items())
+    at = lambda levels: ", ".join(f"{s:g}" for s in levels)
     if worse:
         text = (
-            f"loss by sigma: {rows}; at {', '.join(f'{s:g}' for s in worse)} that is no better than knowing the images' "
-            "variance: untrained, trained on other data, or declared wrongly"
+            f"loss by sigma: {rows}; at {at(worse)} that is worse than knowing the images' variance alone: untrained, "
+            "trained on other data, or declared wrongly"
         )
-        return Finding("loss", "wrong", text, values)
+        return Finding("loss", "wrong", text, values), loss
+    if unclear:
+        text = (
+            f"loss by sigma: {rows}; at {at(unclear)} no better than knowing the images' variance alone, but by no more "
+            "than chance: give more images"
+        )
+        return Finding("loss", "note", text, values), loss
     share = math.exp(sum(math.log(loss[s] / bound[s]) for s in middle) / len(middle))
-    return Finding(
-        "loss", "ok", f"loss by sigma: {rows}; {share:.2f} of what the images' variance alone allows", values
-    )
+    text = f"loss by sigma: {rows}; {share:.2f} of what the images' variance alone allows"
+    return Finding("loss", "ok", text, values), loss

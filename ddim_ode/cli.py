@@ -32,14 +32,13 @@ from ddim_ode.comparison import circumstances, compare, reference
 from ddim_ode.field import EpsilonField
 from ddim_ode.files import output_folder, to_json, write_json
 from ddim_ode.grid import Grid, grids
-from ddim_ode.models.checkpoints import build, bundled, load, save_model
+from ddim_ode.models.checkpoints import bundled, load, save_model
 from ddim_ode.models.pipelines import ModelWarning
-from ddim_ode.models.unet import GaussianResidual
 from ddim_ode.sampling import DEFAULTS, decode, encode, interpolate, noise, plan, round_trip, sample
 from ddim_ode.schedule import NoiseSchedule, whole
 from ddim_ode.solution import Solution, Status
 from ddim_ode.solvers import get, solvers
-from ddim_ode.training import TrainingOptions, principal, train
+from ddim_ode.training import TrainingOptions, begin, train
 
 __all__ = ["main"]
 
@@ -250,39 +249,17 @@ def _train(o: argparse.Namespace) -> int:
 def _train_here(o: argparse.Namespace) -> int:
     device, images = _device(o.device), _dataset(o.data)
     schedule = NoiseSchedule.linear() if o.schedule == "linear" else NoiseSchedule.cosine()
-    if images.shape[2] != images.shape[3]:
-        raise ValueError(
-            f"--data {o.data}: the network takes square images, but these are {images.shape[2:]}: crop or pad them"
-        )
-    mean, variance, basis, rest = principal(images, o.rank)
-    description: dict[str, Any] = {
-        "shape": list(images.shape[1:]),
-        "schedule": schedule.config,
-        "residual": {"rank": o.rank, "rest": rest} if o.rank else None,
-        "network": {
-            "channels": images.shape[1],
-            "resolution": images.shape[2],
-            "width": o.width,
-            "multipliers": [_whole(x, "--multipliers") for x in _split(o.multipliers)],
-            "blocks": o.blocks,
-            "attention": [_whole(x, "--attention") for x in _split(o.attention)],
-            "groups": o.groups,
-            "dropout": o.dropout,
-            "patch": o.patch,
-            "in_channels": 2 * images.shape[1] if o.rank else None,
-        },
-    }
+    multipliers = [_whole(x, "--multipliers") for x in _split(o.multipliers)]
+    attention = [_whole(x, "--attention") for x in _split(o.attention)]
     options = TrainingOptions(
         steps=o.steps, batch_size=o.batch_size, lr=o.lr, warmup=o.warmup, cooldown=o.cooldown, ema=o.ema, clip=o.clip,
         gamma=o.gamma, label_power=o.label_power, flip=o.flip, seed=o.seed, autocast=not o.no_autocast, compile=o.compile,
     )  # fmt: skip
     out = _folder(o, o.out)
-    torch.manual_seed(o.seed)
-    network = build(description)
-    if isinstance(network, GaussianResidual):
-        for buffer, value in ((network.mean, mean), (network.variance, variance), (network.basis, basis)):
-            buffer.copy_(value)
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+    network, description = begin(
+        images, schedule, rank=o.rank, seed=o.seed, width=o.width, multipliers=multipliers, blocks=o.blocks,
+        attention=attention, groups=o.groups, dropout=o.dropout, patch=o.patch,
+    )  # fmt: skip
     started = json.dumps(description, sort_keys=True)
     described = out / "network.json"
     if described.exists() and json.dumps(json.loads(described.read_text("utf-8")), sort_keys=True) != started:
@@ -334,9 +311,10 @@ def _train_here(o: argparse.Namespace) -> int:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if caught and reached < o.steps:
-            print(f"ddim-ode: stopped at step {reached}; the same command goes on from there", file=sys.stderr)
-            return 128 + caught[0][0]
+        if 0 < reached < o.steps:  # by a signal, to this process or to another of the run
+            if first:
+                print(f"ddim-ode: stopped at step {reached}; the same command goes on from there", file=sys.stderr)
+            return 128 + (caught[0][0] if caught else signal.SIGTERM)
     if not first:
         return 0
     print(f"written to {out}: model.safetensors, checkpoint.pt, log.csv, network.json, samples.png")

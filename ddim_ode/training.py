@@ -29,10 +29,12 @@ from torch import Tensor, distributed, nn
 
 from ddim_ode.data import as_tensor
 from ddim_ode.files import replacing
+from ddim_ode.models.checkpoints import build
+from ddim_ode.models.unet import GaussianResidual
 from ddim_ode.sampling import noise
 from ddim_ode.schedule import NoiseSchedule, whole
 
-__all__ = ["TrainingOptions", "sigma_loss", "spread", "train"]
+__all__ = ["TrainingOptions", "begin", "sigma_loss", "spread", "train"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,59 @@ class TrainingOptions:
         rise = min(1.0, (step + 1) / max(self.warmup, 1))
         fall = min(1.0, (self.steps - step) / max(self.cooldown * self.steps, 1.0))
         return self.lr * rise * fall
+
+
+def begin(
+    images: np.ndarray, schedule: NoiseSchedule, *, rank: int, seed: int = 0, **config: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A new network for images, and the description that :func:`ddim_ode.models.checkpoints.build` makes it from.
+
+    Parameters
+    ----------
+    images : ndarray
+        uint8 (N, C, H, W), square.
+    schedule : NoiseSchedule
+        What it will be trained with.
+    rank : int
+        Principal directions of the Gaussian part; 0: a plain network that predicts ε itself.
+    seed : int
+        Seed of the weights.
+    **config
+        As for :class:`ddim_ode.models.unet.UNet`; channels and resolution are those of the images.
+
+    Returns
+    -------
+    network : Module
+        Laid out channels-last.
+    description : dict
+        Plain data.
+    """
+    size = int(np.prod(images.shape[1:]))
+    if not 0 <= rank <= size:
+        raise ValueError(f"rank must lie in [0, {size}], the dimension of the images, but got {rank}")
+    if images.shape[2] != images.shape[3]:
+        raise ValueError(f"the network takes square images, but these are {images.shape[2:]}: crop or pad them")
+    description: dict[str, Any] = {
+        "shape": list(images.shape[1:]),
+        "schedule": schedule.config,
+        "residual": None,
+        "network": {
+            "channels": images.shape[1],
+            "resolution": images.shape[2],
+            **config,
+            "in_channels": 2 * images.shape[1] if rank else None,
+        },
+    }
+    values: list[Tensor] = []
+    if rank:
+        *values, rest = principal(images, rank)
+        description["residual"] = {"rank": rank, "rest": rest}
+    torch.manual_seed(seed)
+    network = build(description)
+    if isinstance(network, GaussianResidual):
+        for buffer, value in zip((network.mean, network.variance, network.basis), values, strict=True):
+            buffer.copy_(value)
+    return network.to(memory_format=torch.channels_last), description  # type: ignore[call-overload]  # torch's stub lacks it
 
 
 def train(
@@ -295,24 +350,40 @@ def spread(images: np.ndarray) -> tuple[Tensor, float]:
     return torch.from_numpy(mean).to(torch.float32), float(np.sqrt((squares / len(images) - mean * mean).mean()))
 
 
-def principal(images: np.ndarray, rank: int) -> tuple[Tensor, Tensor, Tensor, float]:
+def principal(images: np.ndarray, rank: int, *, dense: int = 4096) -> tuple[Tensor, Tensor, Tensor, float]:
     """Mean image (C, H, W), leading variances (k,), their directions (C·H·W, k), and the mean of the other variances.
 
-    Of uint8 images (N, C, H, W), in the units of [−1, 1]; k = `rank`.
+    Of uint8 images (N, C, H, W), in the units of [−1, 1]; k = `rank`. Above `dense` dimensions by subspace iteration.
     """
     size = int(np.prod(images.shape[1:]))
-    if not 0 <= rank <= size:
-        raise ValueError(f"rank must lie in [0, {size}], the dimension of the images, but got {rank}")
-    mean = np.zeros(size)
-    second = np.zeros((size, size))
-    for start in range(0, len(images), 4096):
-        part = images[start : start + 4096].reshape(-1, size) / 127.5 - 1.0
-        mean += part.sum(axis=0)
-        second += part.T @ part
-    mean /= len(images)
-    variance, basis = np.linalg.eigh(second / len(images) - np.outer(mean, mean))
-    variance, basis = variance[::-1].clip(min=0.0).copy(), basis[:, ::-1].copy()
-    rest = float(variance[rank:].mean()) if rank < size else 0.0
+    rows = 4096 if size <= dense else max(1, 2**24 // size)
+    parts = lambda: (images[i : i + rows].reshape(-1, size) / 127.5 - 1.0 for i in range(0, len(images), rows))
+    if size <= dense:
+        mean, second = np.zeros(size), np.zeros((size, size))
+        for part in parts():
+            mean += part.sum(axis=0)
+            second += part.T @ part
+        mean /= len(images)
+        variance, basis = np.linalg.eigh(second / len(images) - np.outer(mean, mean))
+        variance, basis = variance[::-1].clip(min=0.0).copy(), basis[:, ::-1].copy()
+        rest = float(variance[rank:].mean()) if rank < size else 0.0
+    else:
+        # The covariance itself would not fit: powers of it on a few directions more than are wanted.
+        mean = np.sum([part.sum(axis=0) for part in parts()], axis=0) / len(images)
+
+        def times(directions: np.ndarray) -> np.ndarray:
+            product = np.zeros_like(directions)
+            for part in parts():
+                product += (part - mean).T @ ((part - mean) @ directions)
+            return product / len(images)
+
+        basis = np.random.default_rng(0).standard_normal((size, min(rank + 16, size)))
+        for _ in range(8):
+            basis = np.linalg.qr(times(basis))[0]
+        variance, turn = np.linalg.eigh(basis.T @ times(basis))
+        variance, basis = variance[::-1].clip(min=0.0), basis @ turn[:, ::-1]
+        total = sum(float(np.square(part - mean).sum()) for part in parts()) / len(images)
+        rest = (total - float(variance[:rank].sum())) / (size - rank) if rank < size else 0.0
     leading, directions = (torch.from_numpy(np.ascontiguousarray(x[..., :rank])).float() for x in (variance, basis))
     return torch.from_numpy(mean.reshape(images.shape[1:])).float(), leading, directions, rest
 

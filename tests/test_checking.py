@@ -37,8 +37,10 @@ class Network(nn.Module):
     def forward(self, x, t):
         time = np.clip(self.to_time(t.double().numpy()), self.schedule.t_min, self.schedule.T)
         out = []
-        for i, sigma in enumerate(np.atleast_1d(self.schedule.sigma(time))):
-            x_bar = x[i : i + 1] * (1 + sigma**2) ** 0.5
+        # A run of equal labels at once.
+        parts = np.flatnonzero(np.diff(time, prepend=np.nan))
+        for rows, sigma in zip(np.split(np.arange(len(x)), parts[1:]), self.schedule.sigma(time[parts]), strict=True):
+            x_bar = x[rows] * (1 + sigma**2) ** 0.5
             eps, alpha = MIXTURE(x_bar, float(sigma)), 1 / (1 + sigma**2)
             x0 = x_bar - sigma * eps
             out.append({
@@ -79,6 +81,19 @@ def test_a_wrong_prediction_type_is_named(prediction, declared):
     else:
         assert list(found) == ["prediction"]
         assert f'declare prediction="{prediction}"' in found["prediction"]
+
+
+@pytest.mark.parametrize("total", [2, 3, 5, 10, 20])
+def test_short_schedules_are_asked_for_labels_they_have(total):
+    """A network that indexes a table with its labels raises on any other."""
+    schedule = NoiseSchedule.linear(total, 0.1 / total, 0.9)
+    network = Network(schedule=schedule)
+
+    def strict(x, t):
+        assert 0 <= t.min() <= t.max() <= total - 1, t
+        return network(x, t)
+
+    assert not wrong(EpsilonField(strict, schedule))
 
 
 @pytest.mark.parametrize("shift", [-2, -1, 1, 2])
@@ -149,6 +164,17 @@ def test_neighbours_that_disturb_each_other():
             return out + 0.02 * out.mean(dim=0, keepdim=True)
 
     assert "neighbours in the batch" in wrong(EpsilonField(Mixing(), LINEAR))["batch"]
+    # Nor does a coarse dtype hide it.
+    low = EpsilonField(lambda x, t: Mixing()(x, t).bfloat16(), LINEAR, dtype=torch.float64)
+    assert list(wrong(low)) == ["batch"]
+    assert not wrong(EpsilonField(lambda x, t: Network()(x, t).bfloat16(), LINEAR, dtype=torch.float64))
+
+
+def test_a_dtype_that_is_not_the_declared_one():
+    field = EpsilonField(lambda x, t: Network()(x, t).bfloat16().float(), LINEAR, dtype=torch.float64)
+    assert "look for autocast inside the model" in notes(field)["dtype"]
+    single = EpsilonField(lambda x, t: Network()(x.float(), t).float(), LINEAR, dtype=torch.float64)
+    assert "dtype" not in notes(single)
 
 
 def test_images_of_another_range():
@@ -170,6 +196,10 @@ def test_a_model_that_cannot_be_called_or_returns_no_numbers():
 def test_an_untrained_network_is_no_better_than_the_variance():
     found = wrong(EpsilonField(lambda x, t: 0.0 * x, LINEAR))
     assert "untrained, trained on other data" in found["loss"]
+    # Of a few images that is no more than chance: their variance is not that of the noise they met.
+    knowing = lambda x, sigma: (x - IMAGES[:2].mean()) * (sigma / (float(IMAGES[:2].var(correction=0)) + sigma**2))
+    few = EpsilonField.from_sigma(lambda x, sigma: 1.0001 * knowing(x, sigma), LINEAR)
+    assert not wrong(few, IMAGES[:2])
 
 
 def test_worse_weights_have_a_larger_loss():
@@ -225,7 +255,7 @@ def test_the_command(capsys):
     assert main(["check", "--n", "8", "--json", "--model-options", options]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["ok"]
-    assert [f["check"] for f in record["findings"]][:2] == ["call", "dtype"]
+    assert [f["check"] for f in record["findings"]][:3] == ["call", "determinism", "dtype"]
     assert main(["check", "--n", "1"]) == 2
     assert main(["check", "--model-options", "{"]) == 2
     assert "not JSON" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from ddim_ode import NoiseSchedule
 from ddim_ode.data import as_tensor
 from ddim_ode.models.analytic import GaussianEpsilon
 from ddim_ode.models.unet import UNet
-from ddim_ode.training import TrainingOptions, _batch, principal, sigma_loss, spread, train
+from ddim_ode.training import TrainingOptions, _batch, begin, principal, sigma_loss, spread, train
 
 LINEAR = NoiseSchedule.linear()
 IMAGES = np.random.default_rng(0).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8)
@@ -204,6 +204,17 @@ def test_principal_directions():
     torch.testing.assert_close(torch.cov(turned.T, correction=0), torch.diag(exact[:10]), rtol=1e-4, atol=1e-5)
 
 
+def test_principal_directions_without_a_covariance():
+    random = np.random.default_rng(0)
+    flat = random.normal(size=(300, 64)) * 60.0 * 0.8 ** np.arange(64) @ np.linalg.qr(random.normal(size=(64, 64)))[0]
+    images = np.clip(flat + 127.5, 0, 255).round().astype(np.uint8).reshape(300, 1, 8, 8)
+    whole, few = principal(images, 10), principal(images, 10, dense=63)
+    torch.testing.assert_close(few[0], whole[0])
+    torch.testing.assert_close(few[1], whole[1], rtol=1e-4, atol=0)
+    assert few[3] == pytest.approx(whole[3], rel=1e-4)
+    torch.testing.assert_close((few[2].T @ whole[2]).abs(), torch.eye(10), rtol=0, atol=1e-2)
+
+
 def test_sigma_loss_of_an_exact_model_is_known():
     """For data N(0, s²) the least possible loss is s²/(s² + σ²)."""
     values = np.clip(np.random.default_rng(1).normal(127.5, 30, (4000, 1, 4, 4)), 0, 255).round().astype(np.uint8)
@@ -234,8 +245,18 @@ def test_bad_options_are_refused(bad):
 
 def test_a_rank_beyond_the_images_is_refused():
     with pytest.raises(ValueError, match=r"rank must lie in \[0, 64\]"):
-        principal(IMAGES, 65)
-    assert principal(IMAGES, 0)[1].shape == (0,)
+        begin(IMAGES, LINEAR, rank=65)
+
+
+def test_a_plain_network_needs_no_covariance(monkeypatch):
+    monkeypatch.setattr("ddim_ode.training.principal", None)
+    network, description = begin(
+        IMAGES, LINEAR, rank=0, width=16, multipliers=[1, 2], blocks=1, attention=[], groups=4
+    )
+    assert isinstance(network, UNet)
+    assert description["residual"] is None
+    with pytest.raises(ValueError, match="takes square images"):
+        begin(IMAGES[:, :, :4], LINEAR, rank=0)
 
 
 def test_learning_rate_rises_holds_and_falls():
