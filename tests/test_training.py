@@ -250,9 +250,7 @@ def test_a_rank_beyond_the_images_is_refused():
 
 def test_a_plain_network_needs_no_covariance(monkeypatch):
     monkeypatch.setattr("ddim_ode.training.principal", None)
-    network, description = begin(
-        IMAGES, LINEAR, rank=0, width=16, multipliers=[1, 2], blocks=1, attention=[], groups=4
-    )
+    network, description = begin(IMAGES, LINEAR, rank=0, width=16, multipliers=[1, 2], blocks=1, attention=[], groups=4)
     assert isinstance(network, UNet)
     assert description["residual"] is None
     with pytest.raises(ValueError, match="takes square images"):
