@@ -32,6 +32,7 @@ from ddim_ode.comparison import circumstances, compare, reference
 from ddim_ode.field import EpsilonField
 from ddim_ode.files import output_folder, to_json, write_json
 from ddim_ode.grid import Grid, grids
+from ddim_ode.metrics import mse
 from ddim_ode.models.checkpoints import bundled, load, save_model
 from ddim_ode.models.pipelines import ModelWarning
 from ddim_ode.sampling import DEFAULTS, decode, encode, interpolate, noise, plan, round_trip, sample
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"ddim-ode: warning: {message}", file=sys.stderr)
             return options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"ddim-ode: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -95,8 +96,8 @@ def _compare(o: argparse.Namespace) -> int:
     plotting.save_figure(plotting.error_figure(record), out / "error.png")
     plotting.save_figure(plotting.round_trip_figure(record), out / "round_trip.png")
     written = ["results.json", "error.png", "round_trip.png"]
-    if latent.ndim == 4 and latent.shape[1] in (1, 3):
-        written += _sheets(found, exact.x, images, names, budgets, out)
+    if len(_picture_shape(field)) == 3 and _picture_shape(field)[0] in (1, 3):
+        written += _sheets(field, found, exact.x, images, names, budgets, out)
     if o.json:
         print(to_json(record))
     else:
@@ -121,18 +122,21 @@ def _check_budgets(grid: str | None, field: EpsilonField, names: list[str], budg
                 raise ValueError(f"--nfe {nfe} with {name}: {error}") from error
 
 
-def _sheets(found: Any, exact: Tensor, images: Tensor, names: list[str], budgets: list[int], out: Path) -> list[str]:
+def _sheets(
+    field: EpsilonField, found: Any, exact: Tensor, images: Tensor, names: list[str], budgets: list[int], out: Path
+) -> list[str]:
     """The two sheets of pictures: samples beside the reference's, reconstructions beside the originals."""
     shown = min(4, exact.shape[0], images.shape[0])
+    pictures = lambda x: _pictures(field, x[:shown])
     columns = [f"{nfe} calls" for nfe in budgets]
     for kind, first, label, made in (
         ("samples", exact, "reference", found.samples),
         ("reconstructions", images, "original", found.reconstructions),
     ):
-        rows: list[tuple[str, list[Tensor]]] = [(label, [first[:shown]] * len(budgets))]
+        rows: list[tuple[str, list[Tensor]]] = [(label, [pictures(first)] * len(budgets))]
         for name in names:
-            blank = torch.ones_like(first[:shown])
-            rows.append((name, [made[name, nfe][:shown] if (name, nfe) in made else blank for nfe in budgets]))
+            blank = torch.ones_like(rows[0][1][0])
+            rows.append((name, [pictures(made[name, nfe]) if (name, nfe) in made else blank for nfe in budgets]))
         title = "The same latents" if kind == "samples" else "The same images, encoded and decoded (calls each way)"
         plotting.save_figure(plotting.sheet_figure(rows, columns, title), out / f"{kind}.png")
     return ["samples.png", "reconstructions.png"]
@@ -194,22 +198,33 @@ def _reconstruct(o: argparse.Namespace) -> int:
     images, options = _images(o, field, None), _run_options(o, field, "encode", "sample")
     out = _folder(o, o.out)
     trip = round_trip(field, images, **options)
-    runs, mean = {"encode": trip.encoding, "decode": trip.decoding}, float(trip.mse.mean())
-    found = {"mse": trip.mse.tolist(), "mean_mse": mean, "status": [s.name for s in trip.status]}
+    originals, made, error = images, trip.reconstruction, trip.mse
+    runs = {"encode": trip.encoding, "decode": trip.decoding}
+    found: dict[str, Any] = {}
+    if field.codec is not None:
+        # What the decoder loses by itself is told apart: the round trip is judged by what it adds.
+        originals, made = _pictures(field, images), _pictures(field, made)
+        error = mse(originals, made)
+        found["codec_mse"] = mse(_originals(o, field), originals).tolist()
+    mean = float(error.mean())
+    found |= {"mse": error.tolist(), "mean_mse": mean, "status": [s.name for s in trip.status]}
     write_json(out / "results.json", _record(o, field, runs) | found)
-    data.write_images(out / "reconstructions.npz", trip.reconstruction)
+    data.write_images(out / "reconstructions.npz", made)
     data.write_array(out / "latents.npz", trip.latent, "latent")
-    if images.ndim == 4 and images.shape[1] in (1, 3):
-        shown = min(8, len(images))
+    if originals.ndim == 4 and originals.shape[1] in (1, 3):
+        shown = min(8, len(originals))
         # The difference is amplified ten times about mid-grey, else there would be nothing to see.
         rows = [
-            ("original", [images[:shown]]),
-            ("reconstruction", [trip.reconstruction[:shown]]),
-            ("difference × 10", [10.0 * (trip.reconstruction - images)[:shown]]),
+            ("original" if field.codec is None else "codec alone", [originals[:shown]]),
+            ("reconstruction", [made[:shown]]),
+            ("difference × 10", [10.0 * (made - originals)[:shown]]),
         ]
         title = f"{trip.nfe} calls, mean MSE {mean:.2e}"
         plotting.save_figure(plotting.sheet_figure(rows, [""], title), out / "reconstructions.png")
-    return _report(o, field, runs, found, f"mean MSE on [0, 1]: {mean:.3e}")
+    line = f"mean MSE on [0, 1]: {mean:.3e}"
+    if "codec_mse" in found:
+        line += f", beside {sum(found['codec_mse']) / len(found['codec_mse']):.3e} that the codec loses by itself"
+    return _report(o, field, runs, found, line)
 
 
 def _interpolate(o: argparse.Namespace) -> int:
@@ -366,7 +381,12 @@ def _field(o: argparse.Namespace) -> EpsilonField:
     options = _model_options(o.model_options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ModelWarning)  # they are among the notes
-        field = load(o.model, device=_device(o.device), **options)
+        try:
+            field = load(o.model, device=_device(o.device), **options)
+        except (TypeError, RuntimeError) as error:  # JSON of the wrong type, found where it is used
+            if not options:
+                raise
+            raise ValueError(f"--model-options {o.model_options} do not fit {o.model}: {error}") from error
     for note in field.notes:
         print(f"ddim-ode: note: {note}", file=sys.stderr)
     return field
@@ -390,7 +410,10 @@ def _model_options(text: str | None) -> dict[str, Any]:
         if name not in known:
             raise ValueError(f"--model-options does not know {name!r}: it has {', '.join(sorted(known))}")
     if "schedule" in options:
-        options["schedule"] = NoiseSchedule.from_config(options["schedule"])
+        try:
+            options["schedule"] = NoiseSchedule.from_config(options["schedule"])
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"--model-options has no schedule in {options['schedule']!r}: {error}") from error
     return options
 
 
@@ -436,13 +459,17 @@ def _run_options(o: argparse.Namespace, field: EpsilonField, *directions: str) -
 
 
 def _images(o: argparse.Namespace, field: EpsilonField, count: int | None) -> Tensor:
-    """What a model takes for images: those of ``--images``, else the bundled ones."""
+    """What a model takes for images: those of ``--images``, else the bundled ones; latents of them, if it takes those."""
+    tensor = _originals(o, field, count)
+    return tensor if field.codec is None else field.codec.encode(tensor)
+
+
+def _originals(o: argparse.Namespace, field: EpsilonField, count: int | None = None) -> Tensor:
     images = data.bundled_images() if o.images is None else datasets.images(o.images, "test")
-    shape = _shape(field) if field.codec is None else field.codec.shape
+    shape = _picture_shape(field)
     if images.shape[1:] != shape:
         raise ValueError(f"the images are {images.shape[1:]} (C, H, W), but the model takes {shape}")
-    tensor = data.as_tensor(images[:count]).to(field.device or "cpu")
-    return tensor if field.codec is None else field.codec.encode(tensor)
+    return data.as_tensor(images[:count]).to(field.device or "cpu")
 
 
 def _latent(o: argparse.Namespace, field: EpsilonField) -> Tensor:

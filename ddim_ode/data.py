@@ -247,4 +247,9 @@ def _as_images(array: NDArray[Any], path: Path) -> Images:
         raise ValueError(
             f"{path} must hold floats in [-1, 1], but they span {array.min():.4g}…{array.max():.4g}: clip or scale them"
         )
+    if array.min() >= 0.0 and array.max() > 0.5:
+        raise ValueError(
+            f"{path} must hold floats in [-1, 1], but they span {array.min():.4g}…{array.max():.4g}, as of images in [0, 1]: "
+            "store 2 x - 1 (or uint8, where they are light images in truth)"
+        )
     return array

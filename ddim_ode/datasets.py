@@ -75,12 +75,15 @@ def find(name: str) -> Path | None:
         One of :func:`datasets`.
     """
     known = _known(name)
-    for root in roots():
-        for place in known.places:
-            for inner in ("", "package", "package/data", "raw"):
-                folder = root / place / inner
-                if all((folder / file).is_file() for file in known.marks) or known.other(folder):
-                    return folder
+    return next((folder for root in roots() if (folder := _inside(root, known)) is not None), None)
+
+
+def _inside(root: Path, known: _Known) -> Path | None:
+    for place in known.places:
+        for inner in ("", "package", "package/data", "raw"):
+            folder = root / place / inner
+            if all((folder / file).is_file() for file in known.marks) or known.other(folder):
+                return folder
     return None
 
 
@@ -146,6 +149,11 @@ def images(spec: str | os.PathLike[str], split: str = "train") -> Images:
     for known in _KNOWN.values():
         if all((folder / file).is_file() for file in known.marks) or known.other(folder):
             return known.read(folder, split)[0]
+    inside = {name: place for name, known in _KNOWN.items() if (place := _inside(folder, known)) is not None}
+    if len(inside) > 1:
+        raise ValueError(f"{folder} holds several data sets: name one, {' or '.join(map(str, inside.values()))}")
+    for name, place in inside.items():
+        return _KNOWN[name].read(place, split)[0]
     return read_images(folder)
 
 

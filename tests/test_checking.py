@@ -261,6 +261,9 @@ def test_the_command(capsys):
     assert "not JSON" in capsys.readouterr().err
     assert main(["check", "--model-options", '{"prediktion": "v"}']) == 2
     assert "does not know 'prediktion'" in capsys.readouterr().err
+    for options in ('{"schedule": "linear"}', '{"label": 3}', '{"guidance_scale": "much"}'):
+        assert main(["check", "--model-options", options]) == 2
+        assert capsys.readouterr().err.startswith("ddim-ode: ")
 
 
 def test_bundled_network_is_what_it_says():

@@ -152,6 +152,9 @@ def test_bad_files_are_refused(tmp_path):
         np.save(tmp_path / f"{name}.npy", array)
         with pytest.raises(ValueError, match=says):
             data.read_images(tmp_path / f"{name}.npy")
+    np.save(tmp_path / "unit.npy", GREY / 255.0)
+    with pytest.raises(ValueError, match=r"as of images in \[0, 1\]: store 2 x - 1"):
+        data.read_images(tmp_path / "unit.npy")
     refused("bad-ubyte.gz", gzip.compress(idx(GREY))[:20] + b"garbage" * 20, "not a whole gzip")
     np.save(tmp_path / "none.npy", np.zeros((0, 4, 4)))
     with pytest.raises(ValueError, match="no images"):

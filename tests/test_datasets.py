@@ -96,6 +96,14 @@ def test_specs(root):
         datasets.images("cifar100")
 
 
+def test_the_folder_that_holds_a_set_is_looked_into(root):
+    write_cifar(root / "torchvision" / "cifar-10-batches-py", "pickle")
+    np.testing.assert_array_equal(datasets.images(root / "torchvision", "test"), COLOUR[10:])
+    write_idx(root / "torchvision" / "MNIST" / "raw", packed=True)
+    with pytest.raises(ValueError, match=r"several data sets: name one, .*MNIST/raw or .*cifar-10-batches-py"):
+        datasets.images(root / "torchvision")
+
+
 def test_what_is_missing_is_told_how_to_get(root):
     for name in datasets.datasets():
         with pytest.raises(FileNotFoundError, match=f"no {name} in .*DDIM_ODE_DATA"):

@@ -11,6 +11,8 @@ from PIL import Image
 import ddim_ode
 from ddim_ode import NoiseSchedule
 from ddim_ode.cli import main
+from ddim_ode.data import as_tensor
+from ddim_ode.metrics import mse
 from ddim_ode.models.pipelines import ModelWarning, from_pipeline, read_scheduler
 
 with warnings.catch_warnings():
@@ -106,7 +108,8 @@ def test_a_class_conditional_network(tmp_path):
         load(tmp_path, class_labels=1, guidance_scale=2.0)
 
 
-def test_dit_with_its_codec_and_guidance(tmp_path):
+@pytest.fixture
+def dit(tmp_path):
     network = randomised(
         diffusers.DiTTransformer2DModel(
             num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
@@ -116,6 +119,11 @@ def test_dit_with_its_codec_and_guidance(tmp_path):
     vae = randomised(diffusers.AutoencoderKL(block_out_channels=(32, 64), latent_channels=4, norm_num_groups=8,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2))  # fmt: skip
     diffusers.DiTPipeline(network, vae, diffusers.DDIMScheduler(clip_sample=False)).save_pretrained(tmp_path)
+    return network, vae
+
+
+def test_dit_with_its_codec_and_guidance(dit, tmp_path):
+    network, vae = dit
     field = load(tmp_path, class_labels=[2, 7])
     labels = torch.tensor([2, 7])
     agrees(field, network, 12.0, (4, 8, 8), class_labels=labels)  # learned variance: the noise half
@@ -141,6 +149,32 @@ def test_dit_with_its_codec_and_guidance(tmp_path):
     assert main(["sample", "--model", str(tmp_path), *options]) == 0
     with Image.open(tmp_path / "one.png") as picture:
         assert (picture.size, picture.mode) == ((16, 16), "RGB")
+
+
+@pytest.mark.usefixtures("dit")
+def test_round_trips_of_latent_models_are_judged_on_pictures(tmp_path):
+    field = load(tmp_path, class_labels=1)
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 3, 16, 16), dtype=np.uint8)
+    np.save(tmp_path / "p.npy", pictures)
+    model = ["--model", str(tmp_path), "--model-options", '{"class_labels": 1}', "--images", str(tmp_path / "p.npy")]
+    out = tmp_path / "out"
+    assert main(["reconstruct", *model, "--nfe", "6", "--out", str(out)]) == 0
+    found = json.loads((out / "results.json").read_text())
+    x = as_tensor(pictures)
+    latent = field.codec.encode(x)
+    trip = ddim_ode.round_trip(field, latent, nfe=6)
+    np.testing.assert_allclose(found["codec_mse"], mse(x, field.codec.decode(latent)), rtol=1e-5)
+    lost = mse(field.codec.decode(latent), field.codec.decode(trip.reconstruction))
+    np.testing.assert_allclose(found["mse"], lost, rtol=1e-4)
+    assert np.load(out / "reconstructions.npz")["images"].shape == (3, 3, 16, 16)
+    options = ["--solvers", "ab2", "--nfe", "6", "--n", "2", "--reference-nfe", "30", "--grid", "linear"]
+    assert main(["compare", *model, *options, "--out", str(out)]) == 0
+    row = json.loads((out / "results.json").read_text())["rows"][0]
+    trip = ddim_ode.round_trip(field, latent, nfe=6, solver="ab2", grid="linear")
+    lost = mse(field.codec.decode(latent), field.codec.decode(trip.reconstruction))
+    assert row["round_trip_mse"] == pytest.approx(float(lost.mean()), rel=1e-3)
+    with Image.open(out / "samples.png") as picture:
+        assert picture.mode.startswith("RGB")
 
 
 def test_stable_diffusion_built_from_its_parts(tmp_path):
@@ -291,10 +325,35 @@ def test_bad_folders_are_refused(tmp_path):
         load(folder / "unet")
 
 
+def test_a_network_that_is_asked_about_an_image_beside_x_is_refused(tmp_path):
+    diffusers.UNet2DModel(
+        sample_size=8, in_channels=7, out_channels=3, block_out_channels=(32,), norm_num_groups=8,
+        layers_per_block=1, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    ).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(ValueError, match=r"takes 7 channels and returns 3: .*inpainting; wrap it by hand"):
+        load(tmp_path)
+
+
+def test_a_bare_network_on_the_hub(tmp_path, monkeypatch):
+    network = unet()
+    network.save_pretrained(tmp_path)
+
+    def none(*_, **__):
+        raise OSError("no model_index.json")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", none)
+    monkeypatch.setattr(diffusers.UNet2DModel, "load_config", lambda *_, **__: dict(network.config))
+    monkeypatch.setattr(diffusers.UNet2DModel, "from_pretrained", lambda *_, **__: network)
+    with pytest.warns(ModelWarning, match="no scheduler beside the network"):
+        field = ddim_ode.load("somebody/network")
+    agrees(field, network, 40.0)
+
+
 def test_a_name_on_the_hub_needs_a_network(monkeypatch):
     def unreachable(*_, **__):
         raise OSError("no route to host")
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", unreachable)
+    monkeypatch.setattr(diffusers.UNet2DModel, "load_config", unreachable)
     with pytest.raises(OSError, match=r"no folder here, and the hub did not give it \(no route to host\)"):
         ddim_ode.load("google/ddpm-cifar10-32")

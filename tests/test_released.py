@@ -318,10 +318,27 @@ def test_bad_weights_are_refused(authors, tmp_path):
     guided = GuidedUNet(width=32, multipliers=(1,), blocks=1, attention=(), classes=3).state_dict()
     refused(guided, "class-conditional: give class_labels=")
     refused(guided, "from 0 to 2", class_labels=3)
+    large = GuidedUNet(channels=6, width=32, multipliers=(1,), blocks=1, attention=(), learned_variance=False)
+    refused(large.state_dict(), "for super-resolution: wrap it by hand")
+    attended = GuidedUNet(width=32, multipliers=(1,), blocks=1, attention=(0,), heads=2).state_dict()
+    for network in ({"heads": "two"}, {"heads": 2.5}, {"heads": 3}, {"head_channels": 0}):
+        refused(attended, "^heads|^head_channels", network=network)
+    refused(attended, "no network of .* can be built", network={"nonsense": 1})
     for lost in ("out.2.weight", "input_blocks.1.0.in_layers.2.weight", "input_blocks.1.0.emb_layers.1.weight"):
         refused({k: v for k, v in guided.items() if k != lost}, f"lacks {lost}")
     with pytest.raises(ValueError, match="says itself what it is: leave schedule out"):
         ddim_ode.load("fashion-mnist", schedule=NoiseSchedule.linear())
+
+
+def test_what_weights_do_not_say_is_among_the_notes(tmp_path):
+    network = GuidedUNet(width=32, multipliers=(1,), blocks=1, attention=(0,), heads=4)
+    torch.save(network.state_dict(), tmp_path / "w.pt")
+    notes = " ".join(ddim_ode.load(tmp_path / "w.pt").notes)
+    for part in ("their schedule", "what they predict", "attention heads (4 are taken), nor the order", "rescaled"):
+        assert part in notes
+    said = {"heads": 4, "new_order": False, "label_scale": 1.0}
+    field = ddim_ode.load(tmp_path / "w.pt", network=said, schedule=NoiseSchedule.linear(), prediction="epsilon")
+    assert len(field.notes) == 1  # whether they are an average
 
 
 def test_a_pickle_that_would_run_code_is_not_read(tmp_path):

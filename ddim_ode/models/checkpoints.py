@@ -139,6 +139,10 @@ def _released(
               "unknown": "weights that do not say whether they are an average: sampling wants the average"}[which]]  # fmt: skip
     if schedule is None:
         notes.append("weights do not say their schedule: the paper's is taken, give schedule= for another")
+    if prediction is None:
+        notes.append("weights do not say what they predict: ε is taken, give prediction= for another")
+    if description["guessed"]:
+        notes.append(f"weights do not say {description['guessed']}: give network= for another, docs/models.md")
     field = EpsilonField(
         network.to(device), schedule or NoiseSchedule.linear(), prediction or "epsilon", shape=shape or None,
         condition=condition, **options,

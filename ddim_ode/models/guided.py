@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ddim_ode.schedule import whole
+
 __all__ = ["GuidedUNet", "read_config"]
 
 
@@ -182,7 +184,10 @@ class GuidedUNet(nn.Module):
             return _Block(start, end, emb, dropout, scale_shift, resample)
 
         def attend(now: int) -> _Attention:
-            return _Attention(now, now // head_channels if head_channels else heads, new_order)
+            name, given = ("heads", heads) if head_channels is None else ("head_channels", head_channels)
+            if now % whole(given, name):
+                raise ValueError(f"{name} = {given} does not divide the {now} channels of an attention layer")
+            return _Attention(now, given if head_channels is None else now // given, new_order)
 
         self.time_embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label_emb = nn.Embedding(classes, emb) if classes is not None else None
@@ -240,6 +245,10 @@ class GuidedUNet(nn.Module):
 def read_config(state: dict[str, Tensor]) -> dict[str, Any]:
     """The arguments of :class:`GuidedUNet` that a state dictionary tells: all but heads, their order and dropout."""
     width, first = state["time_embed.0.weight"].shape[1], state["input_blocks.0.0.weight"]
+    if first.shape[1] == 6:
+        raise ValueError(
+            "a network of 6 input channels takes a small image beside x, for super-resolution: wrap it by hand, docs/models.md"
+        )
     # Each level but the finest ends in an upsampling on the way up: a convolution, or a block behind the first.
     ups = sorted({int(key.split(".")[1]) for key in state if key.startswith("output_blocks.")})
     convolutions = {

@@ -249,7 +249,7 @@ def load_folder(
         return _of_pipeline(pipeline.to(device), declared, options)
     folder = Path(path)
     if index is None:
-        part, config = "", _json(folder / "config.json")
+        part, config = "", _bare_config(path)
     else:
         part = next((name for name in ("unet", "transformer") if name in index), "")
         if not part:
@@ -357,6 +357,11 @@ def _field(
             read, read_prediction, notes = read_scheduler(scheduler)
             schedule = schedule or read
         prediction = prediction or read_prediction
+    if config.get("out_channels") not in (None, config.in_channels, 2 * config.in_channels):
+        raise ValueError(
+            f"{where} takes {config.in_channels} channels and returns {config.out_channels}: it is asked about an image beside "
+            "x, as for inpainting; wrap it by hand, docs/models.md"
+        )
     size = config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     if class_labels is not None:
@@ -431,8 +436,13 @@ def _index(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     folder = Path(path)
     if folder.is_dir():
         return _json(folder / "model_index.json") if (folder / "model_index.json").is_file() else None
+    diffusers = _diffusers()
     try:
-        config = _diffusers().DiffusionPipeline.load_config(str(path))
+        try:
+            config = diffusers.DiffusionPipeline.load_config(str(path))
+        except OSError:
+            diffusers.UNet2DModel.load_config(str(path))  # a bare network has no index
+            return None
     except OSError as error:
         raise OSError(
             f"{path} is no folder here, and the hub did not give it ({_first(error)}): without a network, fetch it "
@@ -448,6 +458,13 @@ def _json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path.parent} is not a model: it has no {path.name}") from error
     except ValueError as error:
         raise ValueError(f"{path} is not whole JSON: {error}") from error
+
+
+def _bare_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    if Path(path).is_dir():
+        return _json(Path(path) / "config.json")
+    config = _diffusers().UNet2DModel.load_config(str(path))
+    return config if isinstance(config, dict) else config[0]
 
 
 def _scheduler(path: str | os.PathLike[str]) -> dict[str, Any]:

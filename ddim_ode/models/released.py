@@ -96,7 +96,7 @@ def build_released(state: State, path: Path, **options: Any) -> tuple[nn.Module,
     network : Module
         In evaluation mode.
     description : dict
-        ``family``, ``channels``, ``classes``.
+        ``family``, ``channels``, ``classes``, and ``guessed``: in words, what was taken for what was not given.
 
     Raises
     ------
@@ -104,12 +104,33 @@ def build_released(state: State, path: Path, **options: Any) -> tuple[nn.Module,
         If the names are nobody's known, or some are missing.
     """
     try:
+        guessed = _guess(state, options)
         network, family, classes = _build(state, path, options)
     except KeyError as error:
         raise ValueError(f"{path} lacks {error.args[0]}: it is cut, or a part of a network") from error
+    except (TypeError, RuntimeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: no network of {options} can be built ({_first(error)})") from error
     fit(network, state, path)
     channels = int(state["conv_in.weight" if family == "ddim" else "input_blocks.0.0.weight"].shape[1])
-    return network.eval().requires_grad_(False), {"family": family, "channels": channels, "classes": classes}
+    described = {"family": family, "channels": channels, "classes": classes, "guessed": guessed}
+    return network.eval().requires_grad_(False), described
+
+
+def _guess(state: State, options: dict[str, Any]) -> str:
+    """What of guided-diffusion's options is not given, and what is taken, in words."""
+    taken = []
+    if any(key.endswith(".qkv.weight") for key in state):
+        if not {"heads", "head_channels"} & options.keys():
+            # Their 64-channel heads came with blocks that resample; before that there were four.
+            wide = "time_embed.0.weight" in state and read_config(state)["resample_blocks"]
+            options |= {"head_channels": 64} if wide else {"heads": 4}
+            taken.append("their attention heads (64 channels each" if wide else "their attention heads (4")
+            taken[-1] += " are taken)"
+        if "new_order" not in options:
+            taken.append("the order of queries, keys and values (the older is taken)")
+    if "time_embed.0.weight" in state and "label_scale" not in options:
+        taken.append("whether labels are rescaled (they are not)")
+    return ", nor ".join(taken)
 
 
 def _build(state: State, path: Path, options: dict[str, Any]) -> tuple[nn.Module, str, int | None]:
@@ -118,9 +139,6 @@ def _build(state: State, path: Path, options: dict[str, Any]) -> tuple[nn.Module
         return _authors(state, path, options), "ddim", None
     if "time_embed.0.weight" in state and "input_blocks.0.0.weight" in state:
         config = read_config(state)
-        if not {"heads", "head_channels"} & options.keys():
-            # Their 64-channel heads came with blocks that resample; before that there were four.
-            options |= {"head_channels": 64} if config["resample_blocks"] else {"heads": 4}
         return GuidedUNet(**config, **options), "guided", config["classes"]
     known = "the authors' ddim (temb.dense.0…) and improved-/guided-diffusion (time_embed.0…)"
     some = ", ".join(list(state)[:3])
