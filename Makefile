@@ -8,7 +8,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 demo: .venv/base                    ## compare solvers on the bundled network: a table, figures and JSON in out/demo
 	$(BIN)/ddim-ode compare --out out/demo
 
-test: .venv/dev                     ## the tests, a few minutes on two cores
+test: .venv/peers                   ## the tests, a few minutes on two cores
 	$(BIN)/pytest
 
 test-slow: .venv/dev                ## the tests that take minutes: training interrupted at random, ten times each way
@@ -47,6 +47,6 @@ clean:
 	$(PIP) -e '.[dev]'
 	touch $@
 
-.venv/peers: .venv/dev
-	$(PIP) -e '.[dev,peers]'
+.venv/peers: .venv/dev             # without what they require (torchvision, trackers): their samplers do without
+	$(PIP) --no-deps azula k-diffusion einops torchsde trampoline
 	touch $@

@@ -45,6 +45,13 @@ COORDINATES: dict[str, Callable[[float], float]] = {
 Evaluate = Callable[[Tensor, float], Tensor]
 
 
+def _disturbs(module: nn.Module) -> bool:
+    """Whether a module in training mode returns something else than in evaluation."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or (
+        isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0.0
+    )
+
+
 def as_epsilon(prediction: str, coordinates: str, sigma: float) -> tuple[float, float]:
     """A and b in ε = a x̄ + b · output, at a σ no lower than the first trained level."""
     a, b = PREDICTIONS[prediction](sigma)
@@ -301,12 +308,10 @@ class EpsilonField:
         self._dtype = dtype
         self.codec: Codec | None = None
         self.notes: tuple[str, ...] = ()
-        if isinstance(model, nn.Module) and model.training:
-            stochastic = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
-            if any(isinstance(m, stochastic) for m in model.modules()):
-                warnings.warn(
-                    "the model is in training mode and has dropout or batch norm: call model.eval() first", stacklevel=3
-                )
+        if isinstance(model, nn.Module) and any(_disturbs(m) for m in model.modules() if m.training):
+            warnings.warn(
+                "the model is in training mode and has dropout or batch norm: call model.eval() first", stacklevel=3
+            )
 
     def _parameter(self) -> Tensor | None:
         if not isinstance(self.model, nn.Module):
