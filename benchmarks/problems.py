@@ -1,8 +1,8 @@
 """The problems that solvers are chosen and judged on: exact mixtures of real images, and the bundled network.
 
-The mixture of Fashion-MNIST is fitted once, by expectation–maximisation on the 60,000 training images, and kept::
+Mixtures of larger images are fitted once, to the training images, and kept in ``out/``::
 
-    python -m benchmarks.problems [--out out/mixture-fashion-mnist.npz]
+    python -m benchmarks.problems [fashion-mnist | cifar10]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,6 @@ from ddim_ode.files import output_folder, replacing
 from ddim_ode.models.analytic import MixtureEpsilon
 
 ROOT = Path(__file__).resolve().parents[1]
-FASHION_MIXTURE = ROOT / "out" / "mixture-fashion-mnist.npz"
 COMPONENTS = 10
 
 
@@ -53,35 +53,64 @@ def digits_mixture() -> MixtureEpsilon:
     """Ten full-covariance Gaussians fitted to the 1,797 digits (8 × 8) of scikit-learn."""
     from sklearn.datasets import load_digits
 
-    return _fit(load_digits().data / 8.0 - 1.0, (1, 8, 8), floor=1e-3)
+    fitted = _em(load_digits().data / 8.0 - 1.0, floor=1e-3)
+    means = torch.from_numpy(fitted.means_).reshape(COMPONENTS, 1, 8, 8)
+    return MixtureEpsilon(torch.from_numpy(fitted.weights_), means, torch.from_numpy(fitted.covariances_))
 
 
-def fashion_mixture(path: Path = FASHION_MIXTURE) -> MixtureEpsilon:
-    """Ten full-covariance Gaussians fitted to the training images of Fashion-MNIST; fitted now if there is no file.
+def image_mixture(name: str) -> MixtureEpsilon:
+    """Ten full-covariance Gaussians fitted to the training images of a data set; fitted now if that was not done yet.
+
+    ``fashion-mnist``: by expectation–maximisation. ``cifar10``: its 3072 dimensions are too many for that; the clusters are
+    found by expectation–maximisation in the 192 leading principal directions, and each cluster's whole covariance is
+    shrunk towards their mean by 2,000 images' worth, without which ten covariances fit 50,000 images too closely (the
+    loss on test images at σ ≤ 0.1 would be 2 % higher).
 
     Raises
     ------
     FileNotFoundError
-        If there is neither the file nor the data.
+        If there is neither a kept mixture nor the data.
     """
+    path = ROOT / "out" / f"mixture-{name}.npz"
     if not path.exists():
-        print(f"fitting the mixture of Fashion-MNIST: about ten minutes, kept in {path}")
-        images = dataset("fashion-mnist").images.reshape(60_000, -1).astype(np.float32) / 127.5 - 1.0
-        mixture = _fit(images, (1, 28, 28), floor=1e-4)
+        fit = _fit_fashion if name == "fashion-mnist" else _fit_cifar10
+        print(f"fitting the mixture of {name}: some minutes, kept in {path}")
+        shape = dataset(name).images.shape[1:]
+        images = dataset(name).images.reshape(-1, int(np.prod(shape))).astype(np.float32) / 127.5 - 1.0
+        weights, means, covariances = fit(images)
         output_folder(path.parent)
-        covariances = (mixture.bases * mixture.variances[:, None]) @ mixture.bases.transpose(1, 2)
-        means = mixture.means.reshape(COMPONENTS, *mixture.shape)
         with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, weights=mixture.weights, means=means, covariances=covariances.float())
+            means = means.reshape(COMPONENTS, *shape)
+            np.savez(file, weights=weights, means=means, covariances=covariances.astype(np.float32))
     return MixtureEpsilon.load(path)
 
 
-def _fit(data: np.ndarray, shape: tuple[int, ...], floor: float) -> MixtureEpsilon:
+def _fit_fashion(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    fitted = _em(images, floor=1e-4)
+    return fitted.weights_, fitted.means_, fitted.covariances_
+
+
+def _fit_cifar10(
+    images: np.ndarray, kept: int = 192, shared: float = 2000.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    centred = images - images.mean(axis=0)
+    basis = np.linalg.eigh(centred.T @ centred)[1][:, -kept:]
+    scores = centred @ basis
+    cluster = _em(scores, floor=1e-4).predict(scores)
+    counts = np.bincount(cluster, minlength=COMPONENTS).astype(np.float64)
+    parts = [images[cluster == k] for k in range(COMPONENTS)]
+    means = np.stack([part.mean(axis=0, dtype=np.float64) for part in parts])
+    covariances = np.stack([np.cov(part, rowvar=False, bias=True, dtype=np.float32) for part in parts])
+    pooled = np.tensordot(counts / counts.sum(), covariances, axes=1)
+    for k, n in enumerate(counts):
+        covariances[k] = (n * covariances[k] + shared * pooled) / (n + shared) + 1e-4 * np.eye(len(pooled))
+    return counts / counts.sum(), means, covariances
+
+
+def _em(data: np.ndarray, floor: float) -> Any:
     from sklearn.mixture import GaussianMixture
 
-    fitted = GaussianMixture(COMPONENTS, covariance_type="full", reg_covar=floor, random_state=0, tol=0.1).fit(data)
-    means = torch.from_numpy(fitted.means_).reshape(COMPONENTS, *shape)
-    return MixtureEpsilon(torch.from_numpy(fitted.weights_), means, torch.from_numpy(fitted.covariances_))
+    return GaussianMixture(COMPONENTS, covariance_type="full", reg_covar=floor, random_state=0, tol=0.1).fit(data)
 
 
 def problem(name: str, samples: int, seed: int, *, nfe: int = 400) -> Problem:
@@ -101,7 +130,7 @@ def problem(name: str, samples: int, seed: int, *, nfe: int = 400) -> Problem:
     if name == "network":
         field = ddim_ode.load("fashion-mnist")
     else:
-        exact = {"digits": digits_mixture, "fashion": fashion_mixture}[name]()
+        exact = digits_mixture() if name == "digits" else image_mixture({"fashion": "fashion-mnist"}[name])
         field = EpsilonField.from_sigma(exact, NoiseSchedule.linear(), shape=exact.shape)
     assert field.shape is not None
     latent = ddim_ode.noise(field.shape, samples, seed)
@@ -110,6 +139,6 @@ def problem(name: str, samples: int, seed: int, *, nfe: int = 400) -> Problem:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Fit the mixture of Fashion-MNIST.")
-    parser.add_argument("--out", type=Path, default=FASHION_MIXTURE, help="where to keep it")
-    fashion_mixture(parser.parse_args().out)
+    parser = argparse.ArgumentParser(description="Fit the mixture of a data set's images.")
+    parser.add_argument("data", nargs="?", default="fashion-mnist", choices=("fashion-mnist", "cifar10"))
+    image_mixture(parser.parse_args().data)
