@@ -109,7 +109,7 @@ def check(field: EpsilonField, images: Tensor, *, seed: int = 0) -> Report:
     for examine in (_call, _determinism, _dtype, _batch, _range, _prediction, _label, _fraction):
         found = examine(probe)
         findings += [] if found is None else [found]
-        if found is not None and found.check in ("call", "range") and found.verdict == "wrong":
+        if found is not None and found.check == "call" and found.verdict == "wrong":
             return Report(tuple(findings), {}, probe.calls)
     found, loss = _loss(probe)
     return Report((*findings, found), loss, probe.calls)
@@ -124,12 +124,16 @@ class _Probe:
         self.field.guidance_scale = 1.0  # a guided ε is no estimate of the noise, and its loss says nothing
         self.images = images.detach().to(torch.float64)
         self.noise = noise(tuple(images.shape[1:]), images.shape[0], seed).to(images.device)
-        self.spread = float((self.images - self.images.mean()).square().mean().sqrt())
         low, high = field.schedule.sigma_min, field.schedule.sigma_max
         self.levels = [s for s in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0) if low <= s <= high] or [math.sqrt(low * high)]
         self.middle = self.levels[len(self.levels) // 2]
-        self.jitter = 0.0
+        self.jitter, self.rounding = 0.0, 0.0
         self.calls = 0
+
+    @property
+    def variance(self) -> float:
+        """Of all entries about their common mean."""
+        return float((self.images - self.images.mean()).square().mean())
 
     def noised(self, sigma: float, rows: slice = slice(None), images: Tensor | None = None) -> Tensor:
         return (self.images if images is None else images)[rows] + sigma * self.noise[rows]
@@ -211,7 +215,7 @@ def _dtype(probe: _Probe) -> Finding | None:
     name = "the state's dtype" if dtype is None else str(dtype).removeprefix("torch.")
     x_bar = probe.noised(probe.middle)
     first, second, third = (probe.ask(probe.field, x_bar + k * 1e-4 * probe.noise, probe.middle) for k in range(3))
-    bend = float((first - 2.0 * second + third).square().mean().sqrt()) / 6.0**0.5
+    bend = probe.rounding = float((first - 2.0 * second + third).square().mean().sqrt()) / 6.0**0.5
     values = {"dtype": name, "rounding": bend}
     floor = f"no solver's error falls below its rounding, {bend:.1e} RMS in ε"
     if dtype in (torch.float16, torch.bfloat16):
@@ -243,14 +247,22 @@ def _determinism(probe: _Probe) -> Finding:
 
 
 def _batch(probe: _Probe) -> Finding:
-    x_bar, half = probe.noised(probe.middle), probe.images.shape[0] // 2
-    other = x_bar.clone()
-    other[half:] = -0.5 * other[half:]
+    x_bar, count = probe.noised(probe.middle), probe.images.shape[0]
+    ask = lambda x, rows=None: probe.ask(probe.field, x, probe.middle, rows)
+    rms = lambda x: float(x.square().mean().sqrt())
+    plain, first = ask(x_bar), torch.arange(count, device=x_bar.device) < (count + 1) // 2
     # Batches of one size: a model that keeps samples apart then rounds alike, whatever its dtype.
-    one, two = (probe.ask(probe.field, x, probe.middle)[:half] for x in (x_bar, other))
-    difference = float((one - two).square().mean().sqrt())
+    found = []
+    for other in (first, ~first):
+        shape = (-1, *(1,) * (x_bar.ndim - 1))
+        changed = torch.where(other.reshape(shape), -0.5 * x_bar, x_bar)
+        found.append(rms((ask(changed) - plain)[~other]))
+    # And in another order: what a sample's place does to it. It may round otherwise there.
+    order = torch.arange(count, device=x_bar.device).roll(1)
+    moved = rms(ask(x_bar[order], order) - plain[order])
+    difference = max(*found, moved)
     values = {"rms_difference": difference}
-    if difference > 1e-5 + 4.0 * probe.jitter:
+    if max(found) > 1e-5 + 4.0 * probe.jitter or moved > 1e-5 + 4.0 * (probe.jitter + probe.rounding):
         text = (
             f"a sample's ε changes by {difference:.1e} RMS with its neighbours in the batch: batch norm in training mode, or a "
             "layer that mixes samples; results will depend on batch_size"
@@ -384,25 +396,33 @@ def _fraction(probe: _Probe) -> Finding | None:
     schedule = probe.field.schedule
     if schedule.T < 3:
         return None
-    t = float(max(2, int(schedule.T) // 10))
-    whole, half = (float(schedule.sigma(x)) for x in (t, t + 0.5))
-    x_bar = probe.noised(whole)
+    changes: dict[str, list[float]] = {}
+    # Coarse formats round large labels more: bfloat16's are multiples of 4 above 512.
+    for t in sorted({max(2, int(schedule.T) // 10), max(2, int(0.9 * schedule.T))}):
+        sigma = float(schedule.sigma(float(t)))
+        x_bar = probe.noised(sigma)
 
-    def fixed(label: float) -> Tensor:
-        return probe.ask(probe.relabelled(lambda labels: torch.full_like(labels, label)), x_bar, half)
+        def fixed(label: float, x_bar: Tensor = x_bar, sigma: float = sigma) -> Tensor:
+            return probe.ask(probe.relabelled(lambda labels: torch.full_like(labels, label)), x_bar, sigma)
 
-    at = [fixed(t - 1.0), fixed(t - 0.5), fixed(t)]
-    steps = [float((a - b).abs().max()) for a, b in itertools.pairwise(at)]
-    values = {"changes": steps}
-    if sum(steps) > 0.0 and min(steps) == 0.0:
-        return Finding(
-            "fraction", "note", f'the model rounds its labels itself: declare label="nearest"; {cap}', values
+        at = [fixed(t - 1.0 + quarter / 4.0) for quarter in range(5)]
+        changes[str(t - 1)] = [float((a - b).abs().max()) for a, b in itertools.pairwise(at)]
+    values = {"changes": changes}
+    stuck = [label for label, steps in changes.items() if min(steps) == 0.0 and max(max(changes.values())) > 0.0]
+    if stuck:
+        text = (
+            f'the model rounds labels itself, near {" and ".join(stuck)}: declare label="nearest" if it rounds to whole '
+            f"numbers, and look for labels in half precision if it does not; {cap}"
         )
+        return Finding("fraction", "note", text, values)
     return Finding("fraction", "ok", "fractional labels are told apart", values)
 
 
 def _range(probe: _Probe) -> Finding | None:
-    """Images of another scale, if they do clearly better at every level, whatever the model predicts."""
+    """Images of another scale, if they do clearly better, whatever the model predicts.
+
+    Images of less contrast are easier to denoise: each guess is judged beside what its own variance allows.
+    """
     if probe.field.codec is not None or probe.images.ndim != 4:
         return None
     low, high = float(probe.images.min()), float(probe.images.max())
@@ -412,28 +432,35 @@ def _range(probe: _Probe) -> Finding | None:
     elif low >= 0.0 and high <= 1.0 + 1e-3:
         guesses["[-1, 1]"] = 2.0 * probe.images - 1.0
     values: dict[str, Any] = {"span": [low, high]}
-    levels = [s for s in probe.levels if s <= 1.0] or probe.levels
+    # Where the noise drowns all detail, the mean is what a range shows by.
+    levels = [s for s in probe.levels if s >= 0.3] or probe.levels
 
-    def least(images: Tensor | None) -> list[float]:
+    def least(images: Tensor) -> list[float]:
         if not probe.by_label:
-            return [probe.loss(probe.field, s, images) for s in levels]
-        return min(probe.losses_by_prediction(levels, images).values(), key=_mean_log)
+            found = [probe.loss(probe.field, s, images) for s in levels]
+        else:
+            found = min(probe.losses_by_prediction(levels, images).values(), key=_mean_log)
+        variance = float((images - images.mean()).square().mean())
+        return (
+            [x * (variance + s * s) / variance for x, s in zip(found, levels, strict=True)] if variance > 0.0 else found
+        )
 
-    declared = least(None) if guesses else []
+    declared = least(probe.images) if guesses else []
     for name, images in guesses.items():
         values[name] = least(images)
-        if _mean_log(values[name]) < _mean_log(declared) - 0.25:
+        if _mean_log(values[name]) < _mean_log(declared) - 0.1:
             text = (
-                f"the model seems to want images in {name}: these span {low:.3g}…{high:.3g}, and scaled so the loss is less; "
-                "what follows from these images is not looked at"
+                f"the model seems to want images in {name}: these span {low:.3g}…{high:.3g}, and scaled so the loss is less of "
+                "what their variance allows; what follows is of images so scaled"
             )
+            probe.images = images
             return Finding("range", "wrong", text, values)
     return Finding("range", "ok", f"images span {low:.3g}…{high:.3g}", values)
 
 
 def _loss(probe: _Probe) -> tuple[Finding, dict[float, float]]:
     """The loss by σ, beside that of the best ε that knows only the images' mean and variance, on the same noise."""
-    mean, variance = probe.images.mean(), probe.spread**2
+    mean, variance = probe.images.mean(), probe.variance
     middle = [s for s in probe.levels if 0.1 <= s <= 1.0] or probe.levels
     loss: dict[float, float] = {}
     bound: dict[float, float] = {}

@@ -56,7 +56,7 @@ def bundled_images() -> Uint8:
     return read_images(Path(__file__).parent / "models" / "bundled" / "fashion-mnist-test-64.npz")
 
 
-def read_images(path: str | os.PathLike[str]) -> Images:
+def read_images(path: str | os.PathLike[str], data_range: tuple[float, float] | None = None) -> Images:
     """Images from a file or folder, (N, C, H, W): uint8, or floats in [−1, 1] from an array that holds floats.
 
     Parameters
@@ -66,6 +66,9 @@ def read_images(path: str | os.PathLike[str]) -> Images:
         (MNIST's format, gzipped or not). Arrays are uint8 or floats in [−1, 1], of shape (N, H, W),
         (N, C, H, W) or (N, H, W, C) with 1 or 3 channels. An ``.npz`` holds them under ``images``, ``x`` or
         as its only array.
+    data_range : (float, float), optional
+        The range that an array of floats spans, to be scaled to [−1, 1]. By default that is what it spans already, and
+        floats that look like [0, 1] are refused.
 
     Raises
     ------
@@ -90,7 +93,7 @@ def read_images(path: str | os.PathLike[str]) -> Images:
     if "-ubyte" in path.name or path.suffix == ".idx":
         return read_idx(path, 3)[:, None]
     if path.suffix in (".npy", ".npz"):
-        return _as_images(read_array(path), path)
+        return _as_images(read_array(path), path, data_range)
     return read_picture(path)[None]
 
 
@@ -201,9 +204,16 @@ def read_picture(path: Path) -> Uint8:
     """One picture file as uint8 (C, H, W), with 1 channel or 3."""
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits a pixel
+            if image.mode.startswith("I;"):  # 16 bits a pixel
                 return (np.asarray(image, dtype=np.float64) / 257.0).round().clip(0, 255).astype(np.uint8)[None]
-            grey = image.mode in ("1", "L", "LA", "F")
+            if image.mode in ("I", "F"):  # 16-bit PNGs come so too, from some versions of Pillow
+                if image.format != "PNG":
+                    raise ValueError(
+                        f"{path} holds {'floats' if image.mode == 'F' else '32-bit numbers'}, whose range it does not say: store "
+                        "8 or 16 bits, or an .npy"
+                    )
+                return (np.asarray(image, dtype=np.float64) / 257.0).round().clip(0, 255).astype(np.uint8)[None]
+            grey = image.mode in ("1", "L", "LA")
             array = np.array(image.convert("L" if grey else "RGB"))  # a copy is writable, as torch wants it
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} is not a whole picture file: {error}") from error
@@ -228,7 +238,7 @@ def read_idx(path: Path, ndim: int) -> Uint8:
     return np.frombuffer(raw, dtype=np.uint8, offset=start).reshape(shape).copy()  # writable, as torch wants it
 
 
-def _as_images(array: NDArray[Any], path: Path) -> Images:
+def _as_images(array: NDArray[Any], path: Path, data_range: tuple[float, float] | None) -> Images:
     if array.ndim == 3:
         array = array[:, None]
     if array.ndim == 4 and array.shape[1] not in (1, 3) and array.shape[3] in (1, 3):
@@ -243,13 +253,19 @@ def _as_images(array: NDArray[Any], path: Path) -> Images:
         return array
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"{path} must hold uint8, or floats in [-1, 1], but its dtype is {array.dtype}")
+    if data_range is not None:
+        low, high = data_range
+        if not low < high:
+            raise ValueError(f"data_range must be two numbers that rise, such as (0, 1), but got {data_range!r}")
+        array = (array - low) * (2.0 / (high - low)) - 1.0
     if not np.abs(array).max() <= 1.0 + 1e-3:
         raise ValueError(
-            f"{path} must hold floats in [-1, 1], but they span {array.min():.4g}…{array.max():.4g}: clip or scale them"
+            f"{path} must hold floats in [-1, 1], but they span {array.min():.4g}…{array.max():.4g}"
+            f"{'' if data_range is None else ' once scaled'}: clip or scale them, or give data_range"
         )
-    if array.min() >= 0.0 and array.max() > 0.5:
+    if data_range is None and array.min() >= 0.0 and array.max() > 0.0:
         raise ValueError(
-            f"{path} must hold floats in [-1, 1], but they span {array.min():.4g}…{array.max():.4g}, as of images in [0, 1]: "
-            "store 2 x - 1 (or uint8, where they are light images in truth)"
+            f"{path} must hold floats in [-1, 1], but they span {array.min():.4g}…{array.max():.4g}, as of images in [0, 1]: give "
+            "data_range (--data-range 0,1, or -1,1 if they are light images in truth)"
         )
     return array

@@ -127,7 +127,7 @@ def dataset(name: str, split: str = "train", path: str | os.PathLike[str] | None
     return Dataset(name, split, images, labels, folder)
 
 
-def images(spec: str | os.PathLike[str], split: str = "train") -> Images:
+def images(spec: str | os.PathLike[str], split: str = "train", data_range: tuple[float, float] | None = None) -> Images:
     """Images by the name of a data set or from a path: what ``--data`` and ``--images`` take.
 
     Parameters
@@ -136,6 +136,8 @@ def images(spec: str | os.PathLike[str], split: str = "train") -> Images:
         ``"cifar10"``, ``"cifar10:test"``, the folder of a data set, or what :func:`ddim_ode.data.read_images` takes.
     split : {"train", "test"}
         Which part of a data set, where `spec` does not say.
+    data_range : (float, float), optional
+        As for :func:`ddim_ode.data.read_images`.
 
     Returns
     -------
@@ -154,7 +156,7 @@ def images(spec: str | os.PathLike[str], split: str = "train") -> Images:
         raise ValueError(f"{folder} holds several data sets: name one, {' or '.join(map(str, inside.values()))}")
     for name, place in inside.items():
         return _KNOWN[name].read(place, split)[0]
-    return read_images(folder)
+    return read_images(folder, data_range)
 
 
 # -- how each is stored -------------------------------------------------------------------------
@@ -224,7 +226,9 @@ def _unpickle(path: Path) -> dict[bytes, Any]:
             batch = _DataOnly(file, encoding="bytes").load()
         if not isinstance(batch, dict) or not {b"data", b"labels"} <= batch.keys():
             raise pickle.UnpicklingError("it holds no data and labels")
-    except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # half a pickle may raise anything
         raise ValueError(f"{path} is not a whole CIFAR-10 batch: {error}") from error
     return batch
 

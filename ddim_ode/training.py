@@ -229,6 +229,8 @@ def train(
     variance = spread(images)[1] ** 2
     network = network.to(device).train()
     average = copy.deepcopy(network).eval().requires_grad_(False)
+    if not variance > 1e-12:
+        raise ValueError("images must differ from their mean image, but all are alike: there is nothing to learn")
     optimiser = torch.optim.AdamW(network.parameters(), lr=options.lr, weight_decay=0.0, betas=(0.9, 0.99))
     step = 0
     if saved is not None:
@@ -347,7 +349,9 @@ def spread(images: np.ndarray) -> tuple[Tensor, float]:
         total += part.sum(axis=0)
         squares += (part * part).sum(axis=0)
     mean = total / len(images)
-    return torch.from_numpy(mean).to(torch.float32), float(np.sqrt((squares / len(images) - mean * mean).mean()))
+    return torch.from_numpy(mean).to(torch.float32), float(
+        np.sqrt((squares / len(images) - mean * mean).mean().clip(0.0))
+    )
 
 
 def principal(images: np.ndarray, rank: int, *, dense: int = 4096) -> tuple[Tensor, Tensor, Tensor, float]:

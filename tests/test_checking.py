@@ -12,7 +12,7 @@ import ddim_ode
 from ddim_ode import EpsilonField, NoiseSchedule
 from ddim_ode.checking import check
 from ddim_ode.cli import main
-from ddim_ode.models.analytic import MixtureEpsilon
+from ddim_ode.models.analytic import GaussianEpsilon, MixtureEpsilon
 
 LINEAR = NoiseSchedule.linear()
 GENERATOR = torch.Generator().manual_seed(0)
@@ -126,6 +126,10 @@ def test_labels_that_are_rounded_are_noted():
     assert "rounded to integers, as declared" in notes(EpsilonField(Network(), LINEAR, label="nearest"))["fraction"]
     rounding = Network(label=lambda t: np.rint(t) + 1.0)
     assert 'declare label="nearest"' in notes(EpsilonField(rounding, LINEAR))["fraction"]
+    halves = Network(label=lambda t: np.rint(2.0 * t) / 2.0 + 1.0)
+    assert "near 99 and 899" in notes(EpsilonField(halves, LINEAR))["fraction"]
+    coarse = Network(label=lambda t: torch.from_numpy(t).bfloat16().double().numpy() + 1.0)
+    assert "half precision" in notes(EpsilonField(coarse, LINEAR))["fraction"]
 
 
 def test_a_network_that_indexes_with_its_labels_says_what_to_declare():
@@ -164,6 +168,15 @@ def test_neighbours_that_disturb_each_other():
             return out + 0.02 * out.mean(dim=0, keepdim=True)
 
     assert "neighbours in the batch" in wrong(EpsilonField(Mixing(), LINEAR))["batch"]
+    mixed = [
+        lambda out: out + 0.05 * out[:1],
+        lambda out: out + 0.1 * out[:4].mean(0),
+        lambda out: out.cumsum(0) / torch.arange(1, len(out) + 1).reshape(-1, 1, 1, 1),
+        lambda out: out + 0.1 * out.roll(1, 0),
+    ]
+    for mix in mixed:
+        field = EpsilonField(lambda x, t, mix=mix: mix(Network()(x, t)), LINEAR, dtype=torch.float64)
+        assert "neighbours in the batch" in wrong(field, IMAGES[:8])["batch"]
     # Nor does a coarse dtype hide it.
     low = EpsilonField(lambda x, t: Mixing()(x, t).bfloat16(), LINEAR, dtype=torch.float64)
     assert list(wrong(low)) == ["batch"]
@@ -181,6 +194,22 @@ def test_images_of_another_range():
     found = wrong(EpsilonField(Network(), LINEAR), (IMAGES + 1) / 2)
     assert list(found) == ["range"]
     assert "[-1, 1]" in found["range"]
+
+
+def test_ranges_of_images_whose_detail_is_faint():
+    """Photographs' power falls with frequency: halved, they are much easier to denoise, and yet the range is right."""
+    frequency = torch.fft.fftfreq(12, dtype=torch.float64)
+    power = (frequency[:, None] ** 2 + frequency**2 + 1e-3) ** -1.2
+    rows = torch.fft.ifft2(power).real
+    covariance = torch.stack([rows.roll((i, j), (0, 1)).flatten() for i in range(12) for j in range(12)])
+    covariance *= 0.25 / covariance.diagonal().mean()
+    exact = GaussianEpsilon(torch.zeros(1, 12, 12), covariance)
+    root = exact.basis * exact.variance.sqrt()
+    images = (torch.randn(48, 144, generator=GENERATOR, dtype=torch.float64) @ root.T).reshape(-1, 1, 12, 12)
+    assert float(images.min()) < -0.5
+    field = EpsilonField.from_sigma(exact, LINEAR)
+    assert not wrong(field, images)
+    assert "[-1, 1]" in wrong(field, (images.clamp(-1, 1) + 1) / 2)["range"]
 
 
 def test_a_model_that_cannot_be_called_or_returns_no_numbers():

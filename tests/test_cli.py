@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import subprocess
 import sys
 
@@ -182,6 +183,23 @@ def test_train_goes_on_where_it_stopped(tmp_path, images):
     assert (tmp_path / "t" / "samples.png").exists()
     assert main([*common, "--steps", "4", "--blocks", "2"]) == 2
     assert main([*common, "--steps", "6", "--lr", "1e-3"]) == 2
+    # The last place of a number that linear algebra made is no other network.
+    described = tmp_path / "t" / "network.json"
+    before = json.loads(described.read_text("utf-8"))
+    before["residual"]["rest"] = math.nextafter(before["residual"]["rest"], 1.0)
+    described.write_text(json.dumps(before), "utf-8")
+    assert main([*common, "--steps", "6"]) == 0
+    assert json.loads(described.read_text("utf-8")) == before
+
+
+def test_floats_come_in_the_range_that_is_said(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).random((2, 28, 28)))
+    encode = ["encode", "--images", str(tmp_path / "x.npy"), "--nfe", "4", "--out", str(tmp_path / "z.npz")]
+    assert main(encode) == 2
+    assert "--data-range 0,1" in capsys.readouterr().err
+    assert main([*encode, "--data-range", "0"]) == 2
+    assert "--data-range takes two numbers" in capsys.readouterr().err
+    assert main([*encode, "--data-range", "0,1"]) == 0
 
 
 def test_solvers_lists_them(capsys):

@@ -153,8 +153,18 @@ def test_bad_files_are_refused(tmp_path):
         with pytest.raises(ValueError, match=says):
             data.read_images(tmp_path / f"{name}.npy")
     np.save(tmp_path / "unit.npy", GREY / 255.0)
-    with pytest.raises(ValueError, match=r"as of images in \[0, 1\]: store 2 x - 1"):
+    with pytest.raises(ValueError, match=r"as of images in \[0, 1\]: give data_range"):
         data.read_images(tmp_path / "unit.npy")
+    with pytest.raises(ValueError, match="once scaled"):
+        data.read_images(tmp_path / "unit.npy", (0.0, 0.5))
+    with pytest.raises(ValueError, match="two numbers that rise"):
+        data.read_images(tmp_path / "unit.npy", (1.0, 0.0))
+    np.testing.assert_allclose(data.read_images(tmp_path / "unit.npy", (0.0, 1.0)), GREY / 127.5 - 1.0, atol=1e-12)
+    np.testing.assert_allclose(data.read_images(tmp_path / "unit.npy", (-1.0, 1.0)), GREY / 255.0)
+    for mode, array in (("F", GREY[0, 0] / 255.0), ("I", GREY[0, 0].astype(np.int32))):
+        Image.fromarray(array.astype(np.float32) if mode == "F" else array).save(tmp_path / f"{mode}.tiff")
+        with pytest.raises(ValueError, match="whose range it does not say"):
+            data.read_images(tmp_path / f"{mode}.tiff")
     refused("bad-ubyte.gz", gzip.compress(idx(GREY))[:20] + b"garbage" * 20, "not a whole gzip")
     np.save(tmp_path / "none.npy", np.zeros((0, 4, 4)))
     with pytest.raises(ValueError, match="no images"):

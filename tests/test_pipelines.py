@@ -13,7 +13,8 @@ from ddim_ode import NoiseSchedule
 from ddim_ode.cli import main
 from ddim_ode.data import as_tensor
 from ddim_ode.metrics import mse
-from ddim_ode.models.pipelines import ModelWarning, from_pipeline, read_scheduler
+from ddim_ode.models import pipelines
+from ddim_ode.models.pipelines import ModelWarning, classes_tensor, from_pipeline, read_scheduler
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -104,6 +105,9 @@ def test_a_class_conditional_network(tmp_path):
     for labels, says in ((None, "class-conditional: give class_labels="), (5, "from 0 to 4"), (0.5, "whole numbers")):
         with pytest.raises(ValueError, match=says):
             load(tmp_path, class_labels=labels)
+    for labels in (True, [[1, 2]], [], "abc", [None], [[1], [2, 3]]):
+        with pytest.raises(ValueError, match="class_labels must be whole numbers from 0 to 4"):
+            classes_tensor(labels, 5, "cpu")
     with pytest.raises(ValueError, match="stands for none"):
         load(tmp_path, class_labels=1, guidance_scale=2.0)
 
@@ -149,6 +153,16 @@ def test_dit_with_its_codec_and_guidance(dit, tmp_path):
     assert main(["sample", "--model", str(tmp_path), *options]) == 0
     with Image.open(tmp_path / "one.png") as picture:
         assert (picture.size, picture.mode) == ((16, 16), "RGB")
+
+
+@pytest.mark.usefixtures("dit")
+def test_dit_takes_squares_of_whole_patches(tmp_path):
+    field = load(tmp_path, class_labels=1, shape=(4, 12, 12))
+    assert field.codec.shape == (3, 24, 24)
+    assert field(torch.zeros(1, 4, 12, 12), 1.0).shape == (1, 4, 12, 12)
+    for shape, says in (((4, 9, 9), "multiples of 2"), ((4, 8, 12), "square images")):
+        with pytest.raises(ValueError, match=says):
+            load(tmp_path, class_labels=1, shape=shape)
 
 
 @pytest.mark.usefixtures("dit")
@@ -225,6 +239,43 @@ def test_stable_diffusion_built_from_its_parts(tmp_path):
         warnings.simplefilter("ignore", ModelWarning)
         same = from_pipeline(pipeline, prompt="a b", negative_prompt="c", guidance_scale=4.0)
     torch.testing.assert_close(same(latent, 1.0), field(latent, 1.0))
+    assert not any(p.requires_grad for p in field.model.parameters())
+    assert all(p.requires_grad for part in (network, vae) for p in part.parameters())
+    network.register_to_config(time_cond_proj_dim=8)
+    with pytest.raises(ValueError, match=r"expects an embedding of its guidance scale \(time_cond_proj_dim\)"):
+        from_pipeline(pipeline, schedule=NoiseSchedule.linear(), prediction="epsilon", prompt="a")
+
+
+def test_a_pipeline_in_memory_stays_its_callers(tmp_path):
+    network = unet().train()
+    pipeline = diffusers.DDPMPipeline(network, diffusers.DDIMScheduler(clip_sample=False))
+    field = from_pipeline(pipeline)
+    assert all(p.requires_grad for p in network.parameters())
+    assert all(m.training for m in field.model.modules())
+    pipeline.save_pretrained(tmp_path)
+    loaded = load(tmp_path).model
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert not any(m.training for m in loaded.modules())
+
+
+def test_the_shape_may_be_said(tmp_path):
+    network = unet()
+    network.register_to_config(sample_size=None)
+    save(tmp_path, network, diffusers.DDIMScheduler(clip_sample=False))
+    with pytest.raises(ValueError, match=r"does not say the size of its images .*: give shape=\(3, H, W\)"):
+        load(tmp_path)
+    field = load(tmp_path, shape=[3, 16, 8])
+    assert field.shape == (3, 16, 8)
+    agrees(field, network, 3.0, (3, 16, 8))
+    config = tmp_path / "unet" / "config.json"
+    for size in (15, 15.5, "x", [16, 15]):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": size}))
+        with pytest.raises(ValueError, match=r"multiples of 2, but the shape is|numbers must be a whole number"):
+            load(tmp_path)
+        assert load(tmp_path, shape=(3, 8, 8)).shape == (3, 8, 8)
+    for shape, says in ((5, "must be"), ((3, 8), "must be"), ((1, 8, 8), "takes 3 channels"), ((3, 8, -8), "whole")):
+        with pytest.raises(ValueError, match=says):
+            load(tmp_path, shape=shape)
 
 
 @pytest.mark.parametrize(("spacing", "offset"), [("leading", 0), ("leading", 1), ("trailing", 0)])
@@ -277,11 +328,50 @@ def test_what_is_done_otherwise_is_said(tmp_path):
     names = [n.split(":")[0] for n in notes]
     # What a folder leaves out is the class's default, and this class clips.
     assert names == ["clip_sample", "thresholding", "use_karras_sigmas", "unknown option mystery = 3"]
+    _, _, notes = read_scheduler({"_class_name": "EulerDiscreteScheduler", "mystery": 0, "puzzle": False})
+    assert notes == ["unknown option mystery = 0: not used"]
+    options = {"final_sigmas_type": "sigma_min", "lambda_min_clipped": -5.1}
+    _, _, notes = read_scheduler({"_class_name": "DPMSolverMultistepScheduler"} | options)
+    assert [n.split(":")[0] for n in notes] == ["final_sigmas_type is sigma_min", "lambda_min_clipped"]
+    assert "log sigma = 5.1" in notes[1]
+
+
+@pytest.mark.parametrize("name", sorted(pipelines._BETAS))
+def test_what_a_configuration_leaves_out_is_its_classs_default(name):
+    try:
+        scheduler = getattr(diffusers, name)()
+    except ImportError as error:
+        pytest.skip(str(error).strip().splitlines()[0])
+    schedule, _, notes = read_scheduler({"_class_name": name})
+    np.testing.assert_allclose(schedule.alphas_cumprod, scheduler.alphas_cumprod.double().numpy(), rtol=2e-4)
+    _, _, whole = read_scheduler({**scheduler.config, "_class_name": name})
+    assert notes == whole
+    assert any("clip_sample" in n for n in notes) == bool(scheduler.config.get("clip_sample"))
+    assert any("set_alpha_to_one" in n for n in notes) == (name == "PNDMScheduler")
+
+
+def test_defaults_without_diffusers_are_ddpms(monkeypatch):
+    def missing():
+        raise ImportError
+
+    monkeypatch.setattr(pipelines, "_diffusers", missing)
+    schedule, prediction, notes = read_scheduler({"_class_name": "DDPMScheduler"})
+    assert (schedule.config, prediction, len(notes)) == (NoiseSchedule.linear().config, "epsilon", 1)
 
 
 @pytest.mark.parametrize(
     ("config", "says"),
     [
+        ({"_class_name": "DDIMScheduler", "beta_start": None}, "beta_start must be a number, .* has None"),
+        ({"_class_name": "DDIMScheduler", "beta_end": "x"}, "beta_end must be a number, .* has 'x'"),
+        ({"_class_name": "DDIMScheduler", "clip_sample_range": None}, "clip_sample_range must be a number"),
+        ({"_class_name": "DDIMScheduler", "num_train_timesteps": "x"}, "num_train_timesteps must be a whole number"),
+        ({"_class_name": "DDIMScheduler", "trained_betas": "x"}, "trained_betas must be a list of numbers"),
+        (
+            {"_class_name": "DDIMScheduler", "trained_betas": [0.1, None, "x"]},
+            "trained_betas must be a list of numbers",
+        ),
+        ({"_class_name": ["DDIMScheduler"]}, "known are"),
         ({"_class_name": "LCMScheduler"}, "distilled|few jumps"),
         ({"_class_name": "VQDiffusionScheduler"}, "discrete"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "from_velocity"),
@@ -316,7 +406,13 @@ def test_bad_folders_are_refused(tmp_path):
     (folder / "scheduler" / "scheduler_config.json").write_text('{"_class_')
     with pytest.raises(ValueError, match="not whole JSON"):
         load(folder)
+    (folder / "scheduler" / "scheduler_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="must hold a JSON object, but holds a list"):
+        load(folder)
     index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps([index]))
+    with pytest.raises(ValueError, match=r"model_index\.json must hold a JSON object, but holds a list"):
+        load(folder)
     (folder / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "unet"}))
     with pytest.raises(ValueError, match="without unet or transformer"):
         load(folder)
@@ -339,7 +435,7 @@ def test_a_bare_network_on_the_hub(tmp_path, monkeypatch):
     network.save_pretrained(tmp_path)
 
     def none(*_, **__):
-        raise OSError("no model_index.json")
+        raise OSError("somebody/network does not appear to have a file named model_index.json.")
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", none)
     monkeypatch.setattr(diffusers.UNet2DModel, "load_config", lambda *_, **__: dict(network.config))
@@ -350,10 +446,20 @@ def test_a_bare_network_on_the_hub(tmp_path, monkeypatch):
 
 
 def test_a_name_on_the_hub_needs_a_network(monkeypatch):
-    def unreachable(*_, **__):
-        raise OSError("no route to host")
+    said = []
 
-    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", unreachable)
-    monkeypatch.setattr(diffusers.UNet2DModel, "load_config", unreachable)
-    with pytest.raises(OSError, match=r"no folder here, and the hub did not give it \(no route to host\)"):
-        ddim_ode.load("google/ddpm-cifar10-32")
+    def answer(text):
+        def raises(*_, **__):
+            said.append(text)
+            raise OSError(text)
+
+        return raises
+
+    absent = "it does not appear to have a file named model_index.json."
+    monkeypatch.setattr(diffusers.UNet2DModel, "load_config", answer("no config.json either"))
+    for text, requests in (("no route to host", 1), (absent, 2)):
+        monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", answer(text))
+        said.clear()
+        with pytest.raises(OSError, match=rf"no folder here, and the hub did not give it \({text}\)"):
+            ddim_ode.load("google/ddpm-cifar10-32")
+        assert len(said) == requests

@@ -9,7 +9,9 @@ from safetensors.torch import save_file
 
 import ddim_ode
 from ddim_ode import NoiseSchedule
+from ddim_ode.cli import main
 from ddim_ode.models.guided import GuidedUNet, read_config
+from ddim_ode.models.released import build_released
 from ddim_ode.models.unet import UNet
 from tests.test_pipelines import diffusers, randomised
 
@@ -118,6 +120,22 @@ def test_lists_prefixes_and_averages(authors, tmp_path):
     torch.save({"model": last, "ema": average, "step": 3}, path)
     torch.testing.assert_close(first(ddim_ode.load(path)), average["conv_in.weight"])
     torch.testing.assert_close(first(ddim_ode.load(path, ema=False)), last["conv_in.weight"])
+    for kept in (
+        {"ema_model": average},
+        {"ema_params": average},
+        {"ema": {"decay": 0.999, "num_updates": 3, "shadow": average}},
+        {"model_ema": {"module": "EMA", "state_dict": average}},
+    ):
+        torch.save({"model": last} | kept, path)
+        torch.testing.assert_close(first(ddim_ode.load(path)), average["conv_in.weight"])
+        assert "the moving average" in ddim_ode.load(path).notes[0]
+        assert ddim_ode.load(path, ema=False).notes[0] == "the last weights, no average"
+    # torch_ema's average is a list without names.
+    for name, kept in (("ema", {"shadow_params": list(average.values())}), ("averaged_model", average)):
+        torch.save({"model": last, name: kept, "ema_decay": 0.999}, path)
+        field = ddim_ode.load(path)
+        torch.testing.assert_close(first(field), last["conv_in.weight"])
+        assert field.notes[0] == f"the last weights; the file also holds '{name}', which is not of a form known here"
     save_file(last, tmp_path / "plain.safetensors")
     field = ddim_ode.load(tmp_path / "plain.safetensors")
     torch.testing.assert_close(first(field), last["conv_in.weight"])
@@ -261,6 +279,9 @@ def test_heads_are_split_in_either_order(new_order):
     layer = network.middle_block[1]
     x = torch.randn(2, 32, 4, 4)
     torch.testing.assert_close(layer(x, x), attention_by_hand(layer, x, new_order), rtol=1e-4, atol=1e-5)
+    same = GuidedUNet(width=32, multipliers=(1,), blocks=1, attention=(0,), heads=4.0, new_order=new_order)  # of JSON
+    same.load_state_dict(network.state_dict())
+    torch.testing.assert_close(same.middle_block[1](x, x), layer(x, x))
 
 
 def test_labels_of_other_lengths_are_scaled(tmp_path):
@@ -323,11 +344,55 @@ def test_bad_weights_are_refused(authors, tmp_path):
     attended = GuidedUNet(width=32, multipliers=(1,), blocks=1, attention=(0,), heads=2).state_dict()
     for network in ({"heads": "two"}, {"heads": 2.5}, {"heads": 3}, {"head_channels": 0}):
         refused(attended, "^heads|^head_channels", network=network)
+    for scale in ("1", None, True, 0, -1.0, float("nan")):
+        refused(attended, "^label_scale must be a positive number", network={"label_scale": scale})
+    refused(attended, "^new_order must be true or false, but got 'no'", network={"new_order": "no"})
+    for content in (attended, state):
+        for resolution in (-4, 16.5, "x", True):
+            refused(content, "^resolution must be a whole number", network={"resolution": resolution})
+        for network in ("abc", []):
+            refused(content, "^network must be a dictionary", network=network)
+        refused(content, "^ema must be true or false, but got 'yes'", ema="yes")
+        refused(content, "not both", network={"resolution": 32}, shape=(3, 32, 32))
+    refused(attended | {"time_embed.0.weight": torch.zeros(4)}, "a weight of too few dimensions")
+    refused(state, "takes square images: give network=", shape=(3, 32, 32))
     refused(attended, "no network of .* can be built", network={"nonsense": 1})
     for lost in ("out.2.weight", "input_blocks.1.0.in_layers.2.weight", "input_blocks.1.0.emb_layers.1.weight"):
         refused({k: v for k, v in guided.items() if k != lost}, f"lacks {lost}")
-    with pytest.raises(ValueError, match="says itself what it is: leave schedule out"):
-        ddim_ode.load("fashion-mnist", schedule=NoiseSchedule.linear())
+    for said in ({"schedule": NoiseSchedule.linear()}, {"shape": (1, 28, 28)}):
+        with pytest.raises(ValueError, match=f"says itself what it is: leave {next(iter(said))} out"):
+            ddim_ode.load("fashion-mnist", **said)
+
+
+def test_sizes_are_those_that_can_be_halved(tmp_path, capsys):
+    path = tmp_path / "w.pt"
+    torch.save(GuidedUNet(width=32, multipliers=(1, 1), blocks=1, attention=()).state_dict(), path)
+    for given in ({"shape": (3, 16, 15)}, {"network": {"resolution": 15}}):
+        with pytest.raises(ValueError, match="takes sizes that are multiples of 2, but the shape is"):
+            ddim_ode.load(path, **given)
+    with pytest.raises(ValueError, match="takes 3 channels"):
+        ddim_ode.load(path, shape=(1, 16, 16))
+    field = ddim_ode.load(path, shape=(3, 16, 8))
+    assert ddim_ode.sample(field, n=1, nfe=2).x.shape == (1, 3, 16, 8)
+    command = ["sample", "--model", str(path), "--n", "1", "--nfe", "2", "--out", str(tmp_path / "x.npz")]
+    assert main([*command, "--model-options", '{"shape": [3, 16, 8]}']) == 0
+    for name in ("channels_last", "compile"):
+        assert main([*command, "--model-options", f'{{"{name}": "x"}}']) == 2
+        assert f'wants true or false for {name}, but has "x"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("multipliers", "heads"), [((1, 2, 3, 4), "64 channels each"), ((1, 1, 2, 3, 4), "4"), ((1, 1, 2, 2, 4, 4), "64")]
+)
+def test_heads_are_taken_as_released(multipliers, heads, monkeypatch):
+    """guided-diffusion's ImageNet networks, by the size of their images: 64, 128 and 256."""
+    monkeypatch.setattr("ddim_ode.models.released.fit", lambda *_: None)
+    with torch.device("meta"):  # shapes alone: they are too large to be made
+        made = GuidedUNet(width=256, multipliers=multipliers, blocks=1, resample_blocks=True)
+        network, description = build_released(made.state_dict(), "w.pt")
+    assert f"attention heads ({heads}" in description["guessed"]
+    channels = 256 * multipliers[-1]
+    assert network.middle_block[1].heads == (4 if heads == "4" else channels // 64)
 
 
 def test_what_weights_do_not_say_is_among_the_notes(tmp_path):

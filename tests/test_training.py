@@ -157,6 +157,13 @@ def test_the_average_is_one_and_gradients_are_clipped(tmp_path):
     assert float((states[0] - weights(network())).detach().abs().max()) < 0.2 * 1e-3
 
 
+def test_images_without_variance_are_refused(tmp_path):
+    for value in (0, 37, 255):
+        with pytest.raises(ValueError, match="nothing to learn"):
+            train(network(), np.full((40, 1, 8, 8), value, np.uint8), LINEAR, tmp_path, OPTIONS)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_continuous_schedule_is_refused(tmp_path):
     with pytest.raises(ValueError, match="discrete"):
         train(network(), IMAGES, NoiseSchedule.edm(), tmp_path, OPTIONS)

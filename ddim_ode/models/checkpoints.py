@@ -16,10 +16,10 @@ from torch import nn
 
 from ddim_ode.field import EpsilonField
 from ddim_ode.files import replacing
-from ddim_ode.models.pipelines import Declared, classes_tensor, load_folder
+from ddim_ode.models.pipelines import Declared, classes_tensor, load_folder, sample_shape
 from ddim_ode.models.released import build_released, read_state
 from ddim_ode.models.unet import GaussianResidual, UNet
-from ddim_ode.schedule import NoiseSchedule
+from ddim_ode.schedule import NoiseSchedule, whole
 
 __all__ = ["bundled", "load", "save_model"]
 
@@ -41,6 +41,7 @@ def load(
     class_labels: Any = None,
     prompt: str | list[str] | None = None,
     negative_prompt: str | list[str] | None = None,
+    shape: tuple[int, int, int] | None = None,
     ema: bool | None = None,
     network: dict[str, Any] | None = None,
     **options: Any,
@@ -63,6 +64,9 @@ def load(
         Classes for a class-conditional network: one for all samples, or one a sample.
     prompt, negative_prompt : str or list of str, optional
         Texts for a text-to-image pipeline: one for all samples, or one a sample.
+    shape : tuple of int, optional
+        (C, H, W) of a sample, where a diffusers folder does not say it or for another size than it says; for weights
+        of improved- or guided-diffusion, which need not be square.
     ema : bool, optional
         Whether to take the moving average of the weights from a file that holds both; by default, if it is there.
     network : dict, optional
@@ -89,7 +93,11 @@ def load(
         Where a folder asks for something that is done otherwise here.
     """
     path = Path(model)
-    declared = Declared(schedule, prediction, class_labels, prompt, negative_prompt)
+    declared = Declared(schedule, prediction, class_labels, prompt, negative_prompt, shape)
+    if ema is not None and not isinstance(ema, bool):
+        raise ValueError(f"ema must be true or false, but got {ema!r}")
+    if network is not None and not isinstance(network, dict):
+        raise ValueError(f'network must be a dictionary, such as {{"resolution": 64}}, but got {network!r}')
     if str(model) in bundled():
         path = _BUNDLED / f"{model}.safetensors"
     elif path.is_dir() or (not path.exists() and _may_be_on_the_hub(model)):
@@ -106,8 +114,8 @@ def load(
         unused = [k for k, v in (vars(declared) | {"ema": ema, "network": network}).items() if v is not None]
         if unused:
             raise ValueError(f"{path} says itself what it is: leave {', '.join(unused)} out")
-        own, made, shape = _read(path)
-        return EpsilonField(own.to(device), made, shape=shape, **options)
+        own, made, size = _read(path)
+        return EpsilonField(own.to(device), made, shape=size, **options)
     return _released(path, device, declared, ema, dict(network or {}), options)
 
 
@@ -119,12 +127,21 @@ def _released(
     arguments: dict[str, Any],
     options: dict[str, Any],
 ) -> EpsilonField:
-    state, which = read_state(path, ema)
-    resolution = arguments.get("resolution")
+    state, which, unread = read_state(path, ema)
+    shape, resolution = declared.shape, arguments.get("resolution")
+    if shape is not None and resolution is not None:
+        raise ValueError("give shape or the resolution in network, not both")
+    if resolution is not None:
+        arguments["resolution"] = resolution = whole(resolution, "resolution")
     if "input_blocks.0.0.weight" in state:
         arguments.pop("resolution", None)
     network, description = build_released(state, path, **arguments)
-    shape = getattr(network, "shape", None) or (resolution and (description["channels"], resolution, resolution))
+    channels = description["channels"]
+    if description["family"] == "ddim":
+        if shape is not None:
+            raise ValueError(f'{path} takes square images: give network={{"resolution": …}} in place of shape')
+    elif shape is not None or resolution is not None:
+        shape = sample_shape(shape or (channels, resolution, resolution), channels, description["multiple"], str(path))
     classes, labels = description["classes"], declared.class_labels
     if (classes is None) != (labels is None):
         needs = (
@@ -137,6 +154,9 @@ def _released(
     schedule, prediction = declared.schedule, declared.prediction
     notes = [{"average": "the moving average of the weights, of a file that holds both", "last": "the last weights, no average",
               "unknown": "weights that do not say whether they are an average: sampling wants the average"}[which]]  # fmt: skip
+    if unread:
+        keys = ", ".join(map(repr, unread))
+        notes = [f"the last weights; the file also holds {keys}, which is not of a form known here"]
     if schedule is None:
         notes.append("weights do not say their schedule: the paper's is taken, give schedule= for another")
     if prediction is None:
@@ -144,7 +164,7 @@ def _released(
     if description["guessed"]:
         notes.append(f"weights do not say {description['guessed']}: give network= for another, docs/models.md")
     field = EpsilonField(
-        network.to(device), schedule or NoiseSchedule.linear(), prediction or "epsilon", shape=shape or None,
+        network.to(device), schedule or NoiseSchedule.linear(), prediction or "epsilon", shape=shape,
         condition=condition, **options,
     )  # fmt: skip
     field.notes = tuple(notes)

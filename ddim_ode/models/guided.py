@@ -13,6 +13,7 @@ References
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -177,6 +178,11 @@ class GuidedUNet(nn.Module):
         label_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        if not isinstance(new_order, bool):
+            raise ValueError(f"new_order must be true or false, but got {new_order!r}")
+        number = isinstance(label_scale, Real) and not isinstance(label_scale, bool)
+        if not number or not 0.0 < label_scale < math.inf:
+            raise ValueError(f"label_scale must be a positive number, such as 1000 / T, but got {label_scale!r}")
         self.width, self.channels, self.label_scale = width, channels, label_scale
         emb = 4 * width
 
@@ -185,9 +191,10 @@ class GuidedUNet(nn.Module):
 
         def attend(now: int) -> _Attention:
             name, given = ("heads", heads) if head_channels is None else ("head_channels", head_channels)
-            if now % whole(given, name):
+            count = whole(given, name)
+            if now % count:
                 raise ValueError(f"{name} = {given} does not divide the {now} channels of an attention layer")
-            return _Attention(now, given if head_channels is None else now // given, new_order)
+            return _Attention(now, count if head_channels is None else now // count, new_order)
 
         self.time_embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label_emb = nn.Embedding(classes, emb) if classes is not None else None

@@ -10,10 +10,14 @@ diffusers itself is an extra: ``pip install ddim_ode[diffusers]``.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
+import math
 import os
 import warnings
 from dataclasses import dataclass, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +26,17 @@ import torch
 from torch import Tensor, nn
 
 from ddim_ode.field import Codec, EpsilonField
-from ddim_ode.schedule import NoiseSchedule
+from ddim_ode.schedule import NoiseSchedule, whole
 
-__all__ = ["Declared", "ModelWarning", "classes_tensor", "from_pipeline", "load_folder", "read_scheduler"]
+__all__ = [
+    "Declared",
+    "ModelWarning",
+    "classes_tensor",
+    "from_pipeline",
+    "load_folder",
+    "read_scheduler",
+    "sample_shape",
+]
 
 
 class ModelWarning(UserWarning):
@@ -81,7 +93,7 @@ def read_scheduler(config: dict[str, Any]) -> tuple[NoiseSchedule, str, list[str
     Parameters
     ----------
     config : dict
-        The contents of ``scheduler_config.json``, or ``scheduler.config``.
+        The contents of ``scheduler_config.json``, or ``scheduler.config``. What it leaves out is its class's default.
 
     Returns
     -------
@@ -98,7 +110,7 @@ def read_scheduler(config: dict[str, Any]) -> tuple[NoiseSchedule, str, list[str
         If the class of scheduler has no ODE of eq. 14, or an option is one that this version does not know how to
         read.
     """
-    name = config.get("_class_name", "DDPMScheduler")
+    name = str(config.get("_class_name", "DDPMScheduler"))
     if name in _REFUSED:
         raise ValueError(f"cannot make a field for {name}: {_REFUSED[name]}")
     if name not in _BETAS:
@@ -106,11 +118,12 @@ def read_scheduler(config: dict[str, Any]) -> tuple[NoiseSchedule, str, list[str
             f"cannot make a field for the scheduler {name!r}: known are {', '.join(sorted(_BETAS))}; give schedule= and "
             "prediction= to say what the model is"
         )
+    given, config = config, {**_defaults(name), **config}
     if config.get("use_flow_sigmas"):
         raise ValueError(f"{name} has use_flow_sigmas: {_REFUSED['FlowMatchEulerDiscreteScheduler']}")
     if config.get("timestep_type", "discrete") != "discrete":
         raise ValueError(f"{name} has timestep_type = {config['timestep_type']!r}: use EpsilonField.from_denoiser(...)")
-    prediction = config.get("prediction_type", "epsilon")
+    prediction = config["prediction_type"]
     if prediction not in ("epsilon", "sample", "v_prediction"):
         raise ValueError(f"{name} has prediction_type = {prediction!r}: known are epsilon, sample, v_prediction")
     notes = []
@@ -120,38 +133,76 @@ def read_scheduler(config: dict[str, Any]) -> tuple[NoiseSchedule, str, list[str
             "rescale_betas_zero_snr makes sigma_T infinite: the last step is dropped, and the ODE starts at "
             f"sigma = {schedule.sigma_max:.4g}, t = {schedule.T:.0f}"
         )
-    # Older folders leave out what is a default, and these two clip by default.
-    if config.get("clip_sample", name in ("DDIMScheduler", "DDPMScheduler")):
-        span = config.get("clip_sample_range", 1.0)
+    if config["clip_sample"]:
+        span = _number(config, "clip_sample_range")
         notes.append(f"clip_sample: {name} clips the predicted image to ±{span:g} in each step, and eq. 14 does not")
     if config.get("thresholding"):
         notes.append(f"thresholding: {name} limits the predicted image in each step, and eq. 14 does not")
+    stops = "the last step stops at the first trained level, and ours at sigma = 0"
     if config.get("set_alpha_to_one") is False:
-        notes.append("set_alpha_to_one is false: the last step stops at the first trained level, and ours at sigma = 0")
+        notes.append(f"set_alpha_to_one is false: {stops}")
+    if config.get("final_sigmas_type") == "sigma_min":
+        notes.append(f"final_sigmas_type is sigma_min: {stops}")
+    if isinstance(lowest := config.get("lambda_min_clipped"), Real) and math.isfinite(lowest):
+        notes.append(f"lambda_min_clipped: {name} starts at log sigma = {-lowest:g} at most, and ours at sigma_T")
     for option, grid in _SIGMAS.items():
         if config.get(option):
             notes.append(f"{option}: " + (f"a grid, here grid={grid!r}" if grid else "a grid that has no name here"))
     known = _OURS | _MODELS | _CHANGES | _SIGMAS.keys()
-    for option in sorted(config.keys() - known):
-        if not option.startswith("_") and config[option] not in (None, False):
-            notes.append(f"unknown option {option} = {config[option]!r}: not used")
+    for option in sorted(given.keys() - known):
+        # By identity: 0 is a value, and equals False.
+        if not option.startswith("_") and given[option] is not None and given[option] is not False:
+            notes.append(f"unknown option {option} = {given[option]!r}: not used")
     return schedule, prediction, notes
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    """What a class of scheduler takes for what its configuration leaves out; without diffusers, what DDPM's does."""
+    found = {
+        "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
+        "prediction_type": "epsilon", "clip_sample": name in ("DDIMScheduler", "DDPMScheduler"), "clip_sample_range": 1.0,
+    }  # fmt: skip
+    # Without torchsde this one is an empty stand-in; its defaults are the other's.
+    name = {"DPMSolverSDEScheduler": "KDPM2DiscreteScheduler"}.get(name, name)
+    try:
+        parameters = inspect.signature(getattr(_diffusers(), name).__init__).parameters
+    except (ImportError, AttributeError):  # not installed, or a version without this class
+        return found
+    return found | {k: p.default for k, p in parameters.items() if p.default is not p.empty}
+
+
+def _number(config: dict[str, Any], name: str) -> float:
+    value = config[name]
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name} must be a number, but the scheduler's configuration has {value!r}")
+    return float(value)
 
 
 def _schedule(config: dict[str, Any]) -> tuple[NoiseSchedule, bool]:
     """The schedule, and whether a last step of zero signal was dropped from it."""
-    total = int(config.get("num_train_timesteps", 1000))
-    start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
-    kind = config.get("beta_schedule", "linear")
-    if config.get("trained_betas") is not None:
-        table = np.cumprod(1.0 - np.asarray(config["trained_betas"], dtype=np.float64))
+    total = whole(config["num_train_timesteps"], "num_train_timesteps", 2)
+    kind, trained = config["beta_schedule"], config.get("trained_betas")
+    if trained is not None:
+        try:
+            betas = np.asarray(trained, dtype=np.float64)
+        except (TypeError, ValueError):
+            betas = np.zeros(())
+        if betas.ndim != 1:
+            raise ValueError(
+                f"trained_betas must be a list of numbers, but the scheduler's configuration has {trained!r}"
+            )
+        table = np.cumprod(1.0 - betas)
     elif kind in ("linear", "scaled_linear", "squaredcos_cap_v2"):
         make = {"linear": NoiseSchedule.linear, "scaled_linear": NoiseSchedule.scaled_linear}.get(kind)
-        schedule = NoiseSchedule.cosine(total) if make is None else make(total, start, end)
+        if make is None:
+            schedule = NoiseSchedule.cosine(total)
+        else:
+            schedule = make(total, _number(config, "beta_start"), _number(config, "beta_end"))
         if not config.get("rescale_betas_zero_snr"):
             return schedule, False
         table = schedule.alphas_cumprod
     elif kind == "sigmoid":
+        start, end = _number(config, "beta_start"), _number(config, "beta_end")
         table = np.cumprod(1.0 - (start + (end - start) / (1.0 + np.exp(-np.linspace(-6.0, 6.0, total)))))
     else:
         raise ValueError(
@@ -205,6 +256,7 @@ class Declared:
     class_labels: Any = None
     prompt: str | list[str] | None = None
     negative_prompt: str | list[str] | None = None
+    shape: tuple[int, int, int] | None = None
 
 
 def load_folder(
@@ -246,6 +298,9 @@ def load_folder(
     if index is not None and index.get("_class_name") == "StableDiffusionPipeline":
         extra = {"safety_checker": None, "requires_safety_checker": False}
         pipeline = _pretrained(diffusers.StableDiffusionPipeline, path, "", **extra)
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                _frozen(part)
         return _of_pipeline(pipeline.to(device), declared, options)
     folder = Path(path)
     if index is None:
@@ -259,19 +314,19 @@ def load_folder(
         # Old folders keep everything at the top.
         part = part if not folder.is_dir() or (folder / part).is_dir() else ""
         config = _json(folder / part / "config.json") if folder.is_dir() else {"_class_name": index[part][1]}
-    name = config.get("_class_name")
+    name = str(config.get("_class_name"))
     if name not in _NETWORKS:
         raise ValueError(
             f"{path} holds a {name}, and known are {', '.join(_NETWORKS)}: wrap it by hand, docs/models.md"
         )
-    network = _pretrained(getattr(diffusers, name), path, part)
+    network = _frozen(_pretrained(getattr(diffusers, name), path, part))
     scheduler, vae = None, None
     if index is not None:
         if "scheduler" in index:
             scheduler = _scheduler(path)
         kind = next((k for k in ("vae", "vqvae") if k in index), None)
         if kind is not None:
-            vae = _pretrained(getattr(diffusers, index[kind][1]), path, kind)
+            vae = _frozen(_pretrained(getattr(diffusers, index[kind][1]), path, kind))
     return _field(network, scheduler, vae, device, declared, None, None, options, str(path))
 
 
@@ -281,9 +336,9 @@ def from_pipeline(pipeline: Any, **said: Any) -> EpsilonField:
     Parameters
     ----------
     pipeline : DiffusionPipeline
-        With a network of a known class.
+        With a network of a known class. Its modules stay the caller's: in the mode they are in, frozen or not.
     **said
-        ``schedule``, ``prediction``, ``class_labels``, ``prompt``, ``negative_prompt`` and the options of
+        ``schedule``, ``prediction``, ``class_labels``, ``prompt``, ``negative_prompt``, ``shape`` and the options of
         :class:`EpsilonField`, as for :func:`ddim_ode.load`.
     """
     names = {field.name for field in fields(Declared)}
@@ -362,8 +417,12 @@ def _field(
             f"{where} takes {config.in_channels} channels and returns {config.out_channels}: it is asked about an image beside "
             "x, as for inpainting; wrap it by hand, docs/models.md"
         )
-    size = config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
+    if config.get("time_cond_proj_dim") is not None:
+        raise ValueError(
+            f"{where} expects an embedding of its guidance scale (time_cond_proj_dim), as networks distilled for few steps "
+            "do: wrap it by hand, docs/models.md"
+        )
+    shape = _shape(network, declared.shape, where)
     if class_labels is not None:
         count = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
         condition, null = classes_tensor(class_labels, count, device), _no_class(config, device)
@@ -371,17 +430,53 @@ def _field(
         raise ValueError(f"{where} is class-conditional: give class_labels=, one for all samples or one a sample")
     for note in notes:
         warnings.warn(f"{where}: {note}", ModelWarning, stacklevel=4)
-    model = Network(network, _NETWORKS[type(network).__name__]).to(device).eval().requires_grad_(False)
+    model = Network(network.to(device), _NETWORKS[type(network).__name__])
+    model.training = network.training  # as the network is, which may be the caller's
     guided = options.get("guidance_scale", 1.0) != 1.0
     if guided and null is None:
         raise ValueError(f"{where} knows no condition that stands for none: guidance_scale must be 1")
     field = EpsilonField(
-        model, schedule, prediction, shape=(config.in_channels, height, width), condition=condition,
-        null_condition=null if guided else None, **options,
+        model, schedule, prediction, shape=shape, condition=condition, null_condition=null if guided else None,
+        **options,
     )  # fmt: skip
     field.notes = tuple(notes)
-    field.codec = None if vae is None else _codec(vae.to(device).eval().requires_grad_(False), field.shape)
+    field.codec = None if vae is None else _codec(vae.to(device), field.shape)
     return field
+
+
+def _frozen(module: Any) -> Any:
+    """A module of our own making, ready to be asked and not to be trained."""
+    return module.eval().requires_grad_(False)
+
+
+def _shape(network: Any, declared: Any, where: str) -> tuple[int, int, int]:
+    """The shape of a sample: the caller's, else the configuration's."""
+    config, kind = network.config, type(network).__name__
+    size, channels = config.sample_size, config.in_channels
+    if declared is None and size is None:
+        raise ValueError(
+            f"{where} does not say the size of its images (sample_size is null): give shape=({channels}, H, W)"
+        )
+    if declared is None:
+        declared = (channels, *size) if isinstance(size, (list, tuple)) else (channels, size, size)
+    # A text-to-image U-Net takes any size: it is told the sizes on its way up. DiT's patches make squares.
+    multiple = 2 ** (len(config.block_out_channels) - 1) if kind == "UNet2DModel" else config.get("patch_size") or 1
+    shape = sample_shape(declared, channels, multiple, where)
+    if "Transformer" in kind and shape[1] != shape[2]:
+        raise ValueError(f"{where} takes square images, but the shape is {shape}")
+    return shape
+
+
+def sample_shape(shape: Any, channels: int, multiple: int, where: str) -> tuple[int, int, int]:
+    """A shape (C, H, W), refused unless it has these channels and each side is a multiple of `multiple`."""
+    if not isinstance(shape, (list, tuple)) or len(shape) != 3:
+        raise ValueError(f"shape must be (C, H, W), such as ({channels}, 64, 64), but got {shape!r}")
+    count, height, width = (whole(n, "each of the shape's numbers") for n in shape)
+    if count != channels:
+        raise ValueError(f"{where} takes {channels} channels, but the shape is {tuple(shape)}")
+    if height % multiple or width % multiple:
+        raise ValueError(f"{where} takes sizes that are multiples of {multiple}, but the shape is {tuple(shape)}")
+    return count, height, width
 
 
 def _is_conditional(config: Any) -> bool:
@@ -390,11 +485,17 @@ def _is_conditional(config: Any) -> bool:
 
 def classes_tensor(class_labels: Any, count: int | None, device: Any) -> Tensor:
     """Class labels as int64 (1 or B,), refused unless each is one of `count`."""
-    labels = torch.atleast_1d(torch.as_tensor(class_labels))
     if count is None:
         raise ValueError("class_labels was given, but the network knows no classes")
-    if labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= count:
-        raise ValueError(f"class_labels must be whole numbers from 0 to {count - 1}, but got {class_labels!r}")
+    try:
+        labels = torch.atleast_1d(torch.as_tensor(class_labels))
+    except (TypeError, ValueError, RuntimeError):  # words, None, rows of different lengths
+        labels = torch.zeros(0)
+    wrong = labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool
+    if wrong or labels.ndim != 1 or not len(labels) or int(labels.min()) < 0 or int(labels.max()) >= count:
+        raise ValueError(
+            f"class_labels must be whole numbers from 0 to {count - 1}, one or a list, but got {class_labels!r}"
+        )
     return labels.to(device, torch.int64)
 
 
@@ -438,12 +539,12 @@ def _index(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         return _json(folder / "model_index.json") if (folder / "model_index.json").is_file() else None
     diffusers = _diffusers()
     try:
-        try:
-            config = diffusers.DiffusionPipeline.load_config(str(path))
-        except OSError:
-            diffusers.UNet2DModel.load_config(str(path))  # a bare network has no index
-            return None
+        config = diffusers.DiffusionPipeline.load_config(str(path))
     except OSError as error:
+        if "does not appear to have a file" in str(error):  # a bare network has no index
+            with contextlib.suppress(OSError):
+                diffusers.UNet2DModel.load_config(str(path))
+                return None
         raise OSError(
             f"{path} is no folder here, and the hub did not give it ({_first(error)}): without a network, fetch it "
             "elsewhere and name the folder"
@@ -453,11 +554,14 @@ def _index(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path.parent} is not a model: it has no {path.name}") from error
     except ValueError as error:
         raise ValueError(f"{path} is not whole JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, but holds a {type(found).__name__}: fetch it again")
+    return found
 
 
 def _bare_config(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -29,9 +29,16 @@ __all__ = ["build_released", "read_state"]
 
 State = dict[str, Tensor]
 
+# What training code calls the average, and the weights in it where it is kept with its settings.
+_AVERAGES = (
+    "ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema", "ema_params", "params_ema", "ema_weights",
+    "ema_net", "ema_network",
+)  # fmt: skip
+_INNER = ("shadow", "shadow_params", "state_dict", "ema_model")
 
-def read_state(path: Path, ema: bool | None = None) -> tuple[State, str]:
-    """The weights in a file, and which they are.
+
+def read_state(path: Path, ema: bool | None = None) -> tuple[State, str, list[str]]:
+    """The weights in a file, which they are, and what beside them may be an average.
 
     Parameters
     ----------
@@ -46,6 +53,8 @@ def read_state(path: Path, ema: bool | None = None) -> tuple[State, str]:
         Tensors by name, without the prefix that data-parallel training leaves.
     which : str
         ``"average"``, ``"last"``, or ``"unknown"`` for a plain state dictionary.
+    unread : list of str
+        For the last weights, names in the file that an average may go by, of a form not known here.
 
     Raises
     ------
@@ -75,7 +84,7 @@ def read_state(path: Path, ema: bool | None = None) -> tuple[State, str]:
         raise ValueError(f"{path} holds no weights: {_describe(loaded)}")
     if ema is not None and which != "unknown" and (which == "average") != ema:
         raise ValueError(f"{path} holds {'no moving average' if ema else 'the moving average only'}: leave ema= out")
-    return state, which
+    return state, which, _unread(loaded) if which == "last" and isinstance(loaded, dict) else []
 
 
 def build_released(state: State, path: Path, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
@@ -96,7 +105,8 @@ def build_released(state: State, path: Path, **options: Any) -> tuple[nn.Module,
     network : Module
         In evaluation mode.
     description : dict
-        ``family``, ``channels``, ``classes``, and ``guessed``: in words, what was taken for what was not given.
+        ``family``, ``channels``, ``classes``, ``multiple``: of which each side of an image must be one, and
+        ``guessed``: in words, what was taken for what was not given.
 
     Raises
     ------
@@ -108,11 +118,22 @@ def build_released(state: State, path: Path, **options: Any) -> tuple[nn.Module,
         network, family, classes = _build(state, path, options)
     except KeyError as error:
         raise ValueError(f"{path} lacks {error.args[0]}: it is cut, or a part of a network") from error
+    except IndexError as error:
+        raise ValueError(
+            f"{path} holds a weight of too few dimensions: it is of another network, or damaged"
+        ) from error
     except (TypeError, RuntimeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: no network of {options} can be built ({_first(error)})") from error
     fit(network, state, path)
     channels = int(state["conv_in.weight" if family == "ddim" else "input_blocks.0.0.weight"].shape[1])
-    described = {"family": family, "channels": channels, "classes": classes, "guessed": guessed}
+    levels = len(read_config(state)["multipliers"]) if family == "guided" else 1
+    described = {
+        "family": family,
+        "channels": channels,
+        "classes": classes,
+        "multiple": 2 ** (levels - 1),
+        "guessed": guessed,
+    }
     return network.eval().requires_grad_(False), described
 
 
@@ -121,8 +142,11 @@ def _guess(state: State, options: dict[str, Any]) -> str:
     taken = []
     if any(key.endswith(".qkv.weight") for key in state):
         if not {"heads", "head_channels"} & options.keys():
-            # Their 64-channel heads came with blocks that resample; before that there were four.
-            wide = "time_embed.0.weight" in state and read_config(state)["resample_blocks"]
+            # Their 64-channel heads came with blocks that resample; before that there were four. By the flags in
+            # guided-diffusion's README, its ImageNet models of 64, 256 and 512 pixels (4, 6 and 7 levels) have
+            # --num_head_channels 64, and that of 128 (--num_channels 256, 5 levels) has --num_heads 4.
+            config = read_config(state) if "time_embed.0.weight" in state else {"resample_blocks": False}
+            wide = config["resample_blocks"] and (config["width"], config["multipliers"]) != (256, (1, 1, 2, 3, 4))
             options |= {"head_channels": 64} if wide else {"heads": 4}
             taken.append("their attention heads (64 channels each" if wide else "their attention heads (4")
             taken[-1] += " are taken)"
@@ -202,14 +226,30 @@ def _peel(loaded: Any, ema: bool | None) -> tuple[State | None, str]:
         return None, ""
     if _is_state(loaded):
         return _bare(loaded), "unknown"
-    for names, which in (
-        (("ema", "model_ema", "ema_state_dict"), "average"),
-        (("model", "state_dict", "net", "params"), "last"),
-    ):
+    for names, which in ((_AVERAGES, "average"), (("model", "state_dict", "net", "params"), "last")):
         for name in names:
-            if _is_state(loaded.get(name)) and (ema is None or (which == "average") == ema):
-                return _bare(loaded[name]), which
+            found: Any = _inside(loaded.get(name)) if which == "average" else loaded.get(name)
+            if _is_state(found) and (ema is None or (which == "average") == ema):
+                return _bare(found), which
     return None, ""
+
+
+def _inside(average: Any) -> Any:
+    """The average itself, where it is kept with its rate of decay and its count of updates."""
+    if not isinstance(average, dict) or _is_state(average):
+        return average
+    return next((x for x in map(average.get, _INNER) if _is_state(x)), None)
+
+
+def _unread(loaded: dict[Any, Any]) -> list[str]:
+    """Keys of what may be an average and is not read."""
+    return [
+        str(key)
+        for key, value in loaded.items()
+        if any(word in str(key).lower() for word in ("ema", "average"))
+        and isinstance(value, (dict, list, tuple))
+        and not (key in _AVERAGES and _is_state(_inside(value)))
+    ]
 
 
 def _is_state(x: Any) -> bool:
