@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint bench bench-defaults bench-network bench-throughput train clean
+.PHONY: demo test test-slow lint bench bench-defaults bench-network bench-network-cifar10 bench-throughput bench-training train \
+        train-cifar10 clean
 
 demo: .venv/base                    ## compare solvers on the bundled network: a table, figures and JSON in out/demo
 	$(BIN)/ddim-ode compare --out out/demo
@@ -32,8 +33,17 @@ bench-defaults: .venv/dev           ## which solver and grid are the defaults, a
 bench-network: .venv/dev            ## the bundled network's loss beside the mixture's: about half an hour
 	$(BIN)/python -m benchmarks.network_loss
 
+bench-network-cifar10: .venv/dev    ## the same for CIFAR-10, where it is: a quarter of an hour
+	$(BIN)/python -m benchmarks.network_loss --model cifar10 --images 2000
+
+bench-training: .venv/dev           ## what settings of training are worth per hour, on CIFAR-10: an hour
+	$(BIN)/python -m benchmarks.training
+
 train: .venv/base                   ## train the bundled network again: an hour and a half; resumes
 	$(BIN)/ddim-ode train --data fashion-mnist --out out/fashion-mnist $(shell cat ddim_ode/models/bundled/fashion-mnist.options)
+
+train-cifar10: .venv/base           ## the same for CIFAR-10, where it is
+	$(BIN)/ddim-ode train --data cifar10 --out out/cifar10 $(shell cat ddim_ode/models/bundled/cifar10.options)
 
 clean:
 	rm -rf .venv build *.egg-info
