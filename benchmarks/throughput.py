@@ -31,7 +31,14 @@ from ddim_ode.training import TrainingOptions, train
 ROOT = Path(__file__).resolve().parents[1]
 NETWORKS: dict[str, dict[str, Any]] = {
     "fashion-mnist": {"channels": 1, "resolution": 28, "width": 32, "multipliers": (1, 2, 4), "attention": (7,)},
-    "cifar10": {"channels": 3, "resolution": 32, "width": 48, "multipliers": (1, 2, 4), "attention": (8,)},
+    "cifar10": {
+        "channels": 3,
+        "resolution": 32,
+        "width": 44,
+        "multipliers": (1, 2, 4),
+        "attention": (8,),
+        "groups": 4,
+    },
 }
 SETTINGS = [(autocast, compile) for compile in (False, True) for autocast in (False, True)]
 
