@@ -696,7 +696,9 @@ def _parser() -> argparse.ArgumentParser:
         "--save-every", type=int, default=500, help="updates between checkpoints, log lines and sample sheets"
     )
     p.add_argument(
-        "--compile", action="store_true", help="torch.compile: a slow start, then about 1.4 times as fast here"
+        "--compile",
+        action="store_true",
+        help="torch.compile: a slow start, and worth trying on a GPU; on a CPU it gains nothing (docs/training.md)",
     )
     p.add_argument("--no-autocast", action="store_true", help="train in float32 rather than bfloat16 autocast")
     p.add_argument(
