@@ -33,7 +33,7 @@ bench-defaults: .venv/dev           ## which solver and grid are the defaults, a
 bench-network: .venv/dev            ## the bundled network's loss beside the mixture's: about half an hour
 	$(BIN)/python -m benchmarks.network_loss
 
-bench-network-cifar10: .venv/dev    ## the same for CIFAR-10, where it is: a quarter of an hour
+bench-network-cifar10: .venv/dev    ## the same for CIFAR-10, where it is: twenty minutes
 	$(BIN)/python -m benchmarks.network_loss --model cifar10 --images 2000
 
 bench-training: .venv/dev           ## what settings of training are worth per hour, on CIFAR-10: an hour

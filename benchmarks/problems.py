@@ -63,8 +63,8 @@ def image_mixture(name: str) -> MixtureEpsilon:
 
     ``fashion-mnist``: by expectation–maximisation. ``cifar10``: its 3072 dimensions are too many for that; the clusters are
     found by expectation–maximisation in the 192 leading principal directions, and each cluster's whole covariance is
-    shrunk towards their mean by 2,000 images' worth, without which ten covariances fit 50,000 images too closely (the
-    loss on test images at σ ≤ 0.1 would be 2 % higher).
+    shrunk towards their mean by 2,000 images' worth, without which ten covariances fit 50,000 images too closely to do
+    well on others.
 
     Raises
     ------

@@ -227,10 +227,10 @@ def train(
         if saved["images"] != mark:
             raise ValueError(f"{out} holds a run on other images: give another folder")
     variance = spread(images)[1] ** 2
-    network = network.to(device).train()
-    average = copy.deepcopy(network).eval().requires_grad_(False)
     if not variance > 1e-12:
         raise ValueError("images must differ from their mean image, but all are alike: there is nothing to learn")
+    network = network.to(device).train()
+    average = copy.deepcopy(network).eval().requires_grad_(False)
     optimiser = torch.optim.AdamW(network.parameters(), lr=options.lr, weight_decay=0.0, betas=(0.9, 0.99))
     step = 0
     if saved is not None:

@@ -17,7 +17,7 @@ from torch import nn
 from ddim_ode.field import EpsilonField
 from ddim_ode.files import replacing
 from ddim_ode.models.pipelines import Declared, classes_tensor, load_folder, sample_shape
-from ddim_ode.models.released import build_released, read_state
+from ddim_ode.models.released import build_released, fit, read_state
 from ddim_ode.models.unet import GaussianResidual, UNet
 from ddim_ode.schedule import NoiseSchedule, whole
 
@@ -233,14 +233,7 @@ def _read(path: Path) -> tuple[nn.Module, NoiseSchedule, tuple[int, ...]]:
         shape = tuple(map(int, description["shape"]))
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} does not describe a network this version can build: {error!r}") from error
-    wanted = network.state_dict()
-    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    if missing or extra:
-        raise ValueError(f"{path} does not fit the network it describes: missing {missing[:3]}, unknown {extra[:3]}")
-    odd = [name for name, tensor in tensors.items() if tensor.shape != wanted[name].shape]
-    if odd:
-        raise ValueError(f"{path} does not fit the network it describes: other shapes in {odd[:3]}")
-    network.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()})
+    fit(network, tensors, path)
     return network.eval().requires_grad_(False), schedule, shape
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ddim_ode.field import Codec, EpsilonField
+from ddim_ode.models.released import reason
 from ddim_ode.schedule import NoiseSchedule, whole
 
 __all__ = [
@@ -69,12 +70,7 @@ _REFUSED = {
     "FlowMatchEulerDiscreteScheduler": "its network returns a velocity: use EpsilonField.from_velocity(...)",
     "FlowMatchHeunDiscreteScheduler": "its network returns a velocity: use EpsilonField.from_velocity(...)",
 }
-# What each option asks for, where it is a sampler's affair: the way to ask for it here.
-_SPACING = {
-    "leading": "explicit labels, docs/models.md",
-    "trailing": "grid='linear'",
-    "linspace": "grid='linear', nearly",
-}
+# Options that are a sampler's affair: grid= and solver= say here what they ask for.
 _OURS = {
     "timestep_spacing", "steps_offset", "skip_prk_steps", "solver_order", "algorithm_type", "solver_type",
     "lower_order_final", "euler_at_final", "final_sigmas_type", "lambda_min_clipped", "variance_type", "predict_x0",
@@ -546,7 +542,7 @@ def _index(path: str | os.PathLike[str]) -> dict[str, Any] | None:
                 diffusers.UNet2DModel.load_config(str(path))
                 return None
         raise OSError(
-            f"{path} is no folder here, and the hub did not give it ({_first(error)}): without a network, fetch it "
+            f"{path} is no folder here, and the hub did not give it ({reason(error)}): without a network, fetch it "
             "elsewhere and name the folder"
         ) from error
     return config if isinstance(config, dict) else config[0]
@@ -586,9 +582,4 @@ def _pretrained(kind: Any, path: str | os.PathLike[str], part: str, **options: A
         return kind.from_pretrained(str(path), low_cpu_mem_usage=False, **options)
     except Exception as error:  # the library and those under it raise what they like
         where = f"{path}/{part}" if part else str(path)
-        raise ValueError(f"{where} is not a whole {kind.__name__}: {_first(error)}") from error
-
-
-def _first(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        raise ValueError(f"{where} is not a whole {kind.__name__}: {reason(error)}") from error

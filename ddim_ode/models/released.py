@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ddim_ode.models.guided import GuidedUNet, read_config
 from ddim_ode.models.unet import UNet
 
-__all__ = ["build_released", "read_state"]
+__all__ = ["build_released", "fit", "read_state", "reason"]
 
 State = dict[str, Tensor]
 
@@ -77,7 +77,7 @@ def read_state(path: Path, ema: bool | None = None) -> tuple[State, str, list[st
         raise ValueError(f"{path} is not a whole weights file: it may be cut short; fetch it again") from error
     except (RuntimeError, EOFError, OSError, SafetensorError, zipfile.BadZipFile, KeyError, ValueError) as error:
         raise ValueError(
-            f"{path} is not a whole weights file ({_first(error)}): it may be cut short; fetch it again"
+            f"{path} is not a whole weights file ({reason(error)}): it may be cut short; fetch it again"
         ) from error
     state, which = _peel(loaded, ema)
     if state is None:
@@ -123,7 +123,7 @@ def build_released(state: State, path: Path, **options: Any) -> tuple[nn.Module,
             f"{path} holds a weight of too few dimensions: it is of another network, or damaged"
         ) from error
     except (TypeError, RuntimeError, AttributeError, ZeroDivisionError) as error:
-        raise ValueError(f"{path}: no network of {options} can be built ({_first(error)})") from error
+        raise ValueError(f"{path}: no network of {options} can be built ({reason(error)})") from error
     fit(network, state, path)
     channels = int(state["conv_in.weight" if family == "ddim" else "input_blocks.0.0.weight"].shape[1])
     levels = len(read_config(state)["multipliers"]) if family == "guided" else 1
@@ -266,6 +266,7 @@ def _describe(loaded: Any) -> str:
     return f"a {type(loaded).__name__}"
 
 
-def _first(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """What an error of somebody else's code says, in a line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
