@@ -184,8 +184,8 @@ def fit(network: nn.Module, state: State, path: Path) -> None:
     if odd:
         name = odd[0]
         raise ValueError(
-            f"{path} does not fit: {name} is {tuple(state[name].shape)}, not {tuple(wanted[name].shape)}; likely the heads, "
-            "the resolution or the number of classes were given wrongly"
+            f"{path} does not fit: {name} is {tuple(state[name].shape)}, not {tuple(wanted[name].shape)}; likely what is said of the "
+            "network (its own description, or heads, resolution, classes) is of another"
         )
     network.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in state.items()})
 
