@@ -700,7 +700,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--compile",
         action="store_true",
-        help="torch.compile: a slow start, and worth trying on a GPU; on a CPU it gains nothing (docs/training.md)",
+        help="torch.compile: a slow start, and worth trying on a GPU; on a CPU it gains little (docs/training.md)",
     )
     p.add_argument("--no-autocast", action="store_true", help="train in float32 rather than bfloat16 autocast")
     p.add_argument(
