@@ -2,7 +2,7 @@
 
 Mixtures of larger images are fitted once, to the training images, and kept in ``out/``::
 
-    python -m benchmarks.problems [fashion-mnist | cifar10]
+    python -m benchmarks.problems [fashion-mnist | mnist | cifar10 | cifar10-16]
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ from ddim_ode.models.analytic import MixtureEpsilon
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPONENTS = 10
+#: Problems that are mixtures of a data set's images, and which.
+MIXTURES = {"fashion": "fashion-mnist", "mnist": "mnist", "cifar": "cifar10-16"}
+#: All problems: mixtures, and the two bundled networks.
+PROBLEMS = ("digits", *MIXTURES, "network", "network-cifar10")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +65,8 @@ def digits_mixture() -> MixtureEpsilon:
 def image_mixture(name: str) -> MixtureEpsilon:
     """Ten full-covariance Gaussians fitted to the training images of a data set; fitted now if that was not done yet.
 
-    ``fashion-mnist``: by expectation–maximisation. ``cifar10``: its 3072 dimensions are too many for that; the clusters are
+    ``fashion-mnist``, ``mnist``, and ``cifar10-16``, which is CIFAR-10 with 2 × 2 pixels averaged: by
+    expectation–maximisation. ``cifar10``: its 3072 dimensions are too many for that; the clusters are
     found by expectation–maximisation in the 192 leading principal directions, and each cluster's whole covariance is
     shrunk towards their mean by 2,000 images' worth, without which ten covariances fit 50,000 images too closely to do
     well on others.
@@ -73,11 +78,14 @@ def image_mixture(name: str) -> MixtureEpsilon:
     """
     path = ROOT / "out" / f"mixture-{name}.npz"
     if not path.exists():
-        fit = _fit_fashion if name == "fashion-mnist" else _fit_cifar10
         print(f"fitting the mixture of {name}: some minutes, kept in {path}")
-        shape = dataset(name).images.shape[1:]
-        images = dataset(name).images.reshape(-1, int(np.prod(shape))).astype(np.float32) / 127.5 - 1.0
-        weights, means, covariances = fit(images)
+        images = dataset(name.removesuffix("-16")).images.astype(np.float32) / 127.5 - 1.0
+        if name.endswith("-16"):
+            n, channels, height, width = images.shape
+            images = images.reshape(n, channels, height // 2, 2, width // 2, 2).mean(axis=(3, 5))
+        shape = images.shape[1:]
+        fit = _fit_cifar10 if name == "cifar10" else _fit_by_em
+        weights, means, covariances = fit(images.reshape(len(images), -1))
         output_folder(path.parent)
         with replacing(path) as temporary, open(temporary, "wb") as file:
             means = means.reshape(COMPONENTS, *shape)
@@ -85,7 +93,7 @@ def image_mixture(name: str) -> MixtureEpsilon:
     return MixtureEpsilon.load(path)
 
 
-def _fit_fashion(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _fit_by_em(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     fitted = _em(images, floor=1e-4)
     return fitted.weights_, fitted.means_, fitted.covariances_
 
@@ -114,7 +122,7 @@ def _em(data: np.ndarray, floor: float) -> Any:
 
 
 def problem(name: str, samples: int, seed: int, *, nfe: int = 400) -> Problem:
-    """A problem by name: ``digits``, ``fashion`` (mixtures) or ``network`` (the bundled Fashion-MNIST network).
+    """A problem by name, from :data:`PROBLEMS`.
 
     Parameters
     ----------
@@ -127,10 +135,10 @@ def problem(name: str, samples: int, seed: int, *, nfe: int = 400) -> Problem:
     nfe : int
         Calls each of the two reference solutions spends.
     """
-    if name == "network":
-        field = ddim_ode.load("fashion-mnist")
+    if name.startswith("network"):
+        field = ddim_ode.load({"network": "fashion-mnist", "network-cifar10": "cifar10"}[name])
     else:
-        exact = digits_mixture() if name == "digits" else image_mixture({"fashion": "fashion-mnist"}[name])
+        exact = digits_mixture() if name == "digits" else image_mixture(MIXTURES[name])
         field = EpsilonField.from_sigma(exact, NoiseSchedule.linear(), shape=exact.shape)
     assert field.shape is not None
     latent = ddim_ode.noise(field.shape, samples, seed)
@@ -140,5 +148,5 @@ def problem(name: str, samples: int, seed: int, *, nfe: int = 400) -> Problem:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Fit the mixture of a data set's images.")
-    parser.add_argument("data", nargs="?", default="fashion-mnist", choices=("fashion-mnist", "cifar10"))
+    parser.add_argument("data", nargs="?", default="fashion-mnist", choices=("fashion-mnist", "mnist", "cifar10", "cifar10-16"))
     image_mixture(parser.parse_args().data)
