@@ -117,6 +117,12 @@ class EpsilonField:
         Feed the model (and lay out its weights) channels-last.
     compile : bool
         Pass the model through :func:`torch.compile`.
+    clip : float, optional
+        Clamp the predicted data x̂₀ = x̄ − σε to [−clip, clip], and ε with it. Sampling only: clipping cannot be undone, and
+        a field that clips does not encode.
+    threshold : float, optional
+        Dynamic thresholding (Saharia et al. 2022, Imagen): with s the quantile `threshold` of each sample's \|x̂₀\|, at least
+        `clip` (1 by default), x̂₀ is clamped to [−s, s] and scaled by clip/s. Sampling only.
 
     Attributes
     ----------
@@ -132,6 +138,9 @@ class EpsilonField:
     A network does not know σ = 0: it is asked with the label of the schedule's first trained level there,
     and so it is anywhere below that level.
     """
+
+    clip: float | None = None
+    threshold: float | None = None
 
     def __init__(
         self,
@@ -149,6 +158,8 @@ class EpsilonField:
         autocast: torch.dtype | None = None,
         channels_last: bool = False,
         compile: bool = False,
+        clip: float | None = None,
+        threshold: float | None = None,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, t), but got {type(model).__name__}")
@@ -181,8 +192,13 @@ class EpsilonField:
         self.condition, self.null_condition = condition, null_condition
         self.guidance_scale = float(guidance_scale)
         self.autocast, self.channels_last = autocast, channels_last
+        if clip is not None and not 0.0 < clip < math.inf:
+            raise ValueError(f"clip must be a positive number, the largest value of the data, but got {clip!r}")
+        if threshold is not None and not 0.0 < threshold <= 1.0:
+            raise ValueError(f"threshold must be a quantile in (0, 1], such as 0.995, but got {threshold!r}")
         self._by_sigma = False
         self._attach(model, schedule, prediction, shape, dtype)
+        self.clip, self.threshold = clip, threshold
         if channels_last and isinstance(model, nn.Module):
             for parameter in model.parameters():
                 if parameter.ndim == 4:
@@ -313,6 +329,11 @@ class EpsilonField:
                 "the model is in training mode and has dropout or batch norm: call model.eval() first", stacklevel=3
             )
 
+    @property
+    def clips(self) -> bool:
+        """Whether the predicted data are clipped or thresholded."""
+        return self.clip is not None or self.threshold is not None
+
     def _parameter(self) -> Tensor | None:
         if not isinstance(self.model, nn.Module):
             return None
@@ -368,7 +389,8 @@ class EpsilonField:
         callable
             ``evaluate(x_bar, sigma)``, for states of that shape.
         """
-        return self._bind_sigma(x_bar) if self._by_sigma else self._bind_network(x_bar, sigmas, rows)
+        evaluate = self._bind_sigma(x_bar) if self._by_sigma else self._bind_network(x_bar, sigmas, rows)
+        return _clipped(evaluate, self.clip or 1.0, self.threshold) if self.clips else evaluate
 
     def check_conditions(self, batch: int) -> None:
         """Refuse conditions that do not fit a run over `batch` samples."""
@@ -456,6 +478,25 @@ class EpsilonField:
             return out if plain else a * x_bar + b * out
 
         return evaluate
+
+
+def _clipped(evaluate: Evaluate, most: float, quantile: float | None) -> Evaluate:
+    """ε of the predicted data kept within bounds; at σ = 0, where ε does not enter them, as it is."""
+
+    def bounded(x_bar: Tensor, sigma: float) -> Tensor:
+        eps = evaluate(x_bar, sigma)
+        if sigma == 0.0:
+            return eps
+        data = x_bar.add(eps, alpha=-sigma)
+        if quantile is None:
+            kept = data.clamp(-most, most)
+        else:
+            bound = torch.quantile(data.flatten(1).abs(), quantile, dim=1).clamp(min=most)
+            bound = bound.reshape(-1, *(1,) * (data.ndim - 1))
+            kept = torch.maximum(torch.minimum(data, bound), -bound) * (most / bound)
+        return (x_bar - kept) / sigma
+
+    return bounded
 
 
 def _rows(condition: Tensor | None, rows: slice | Tensor | None, batch: int, name: str) -> Tensor | None:

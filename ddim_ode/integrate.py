@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
+from ddim_ode.dense import Dense
 from ddim_ode.field import EpsilonField
 from ddim_ode.grid import Grid
 from ddim_ode.solution import Solution, Status, Step
@@ -29,6 +34,10 @@ def integrate(
     callback: Callable[[Step], Any] | None = None,
     progress: bool = False,
     trajectory: bool = False,
+    dense: bool = False,
+    save_at: Sequence[float] | None = None,
+    gradients: bool = False,
+    checkpoint: bool = False,
     rows: slice | Tensor | None = None,
 ) -> Solution:
     r"""Solve eq. 14, :math:`d\bar x = \epsilon(\bar x, \sigma)\, d\sigma`, over a monotone sequence of σ.
@@ -46,11 +55,20 @@ def integrate(
     dtype : torch.dtype, optional
         The state's dtype; by default that of `x_bar`.
     callback : callable, optional
-        Called with a :class:`Step` after each step.
+        Called with a :class:`Step` after each step from node to node of the grid; if it returns True, the run stops there.
     progress : bool
         Show a progress bar on the error stream, if it is a terminal.
     trajectory : bool
         Keep the states at all nodes.
+    dense : bool
+        Keep what :meth:`Solution.out` needs to give the state at any σ in between: states and slopes at all nodes.
+    save_at : sequence of float, optional
+        Noise levels in the range of the run at which ``Solution.saved`` holds x̄, by the same dense output.
+    gradients : bool
+        Let gradients flow to `x_bar` and to the model's parameters. Without it nothing is recorded.
+    checkpoint : bool
+        The same, keeping only the states between steps and computing each step again in the backward pass: the
+        network's activations of one step are held at a time, not those of all.
     rows : slice or Tensor, optional
         Which rows of the field's conditions, and which samples for a callback, the batch stands for.
 
@@ -64,8 +82,9 @@ def integrate(
     Raises
     ------
     ValueError
-        If the grid is not strictly monotone or leaves the schedule, or `x_bar` is not finite, has the wrong
-        shape, or is on another device than the network. Nothing has been computed then.
+        If the grid is not strictly monotone or leaves the schedule, `x_bar` is not finite, has the wrong
+        shape, or is on another device than the network, or gradients are asked of a solver that gives none. Nothing
+        has been computed then.
     """
     grid = sigmas if isinstance(sigmas, Grid) else Grid.explicit(sigmas, field.schedule)
     if grid.schedule is not field.schedule and grid.schedule.config != field.schedule.config:
@@ -73,12 +92,55 @@ def integrate(
             f"the grid was made for {grid.schedule!r}, but the field has {field.schedule!r}: make it for that one"
         )
     method = get(solver)
+    if (gradients or checkpoint) and not method.differentiable:
+        raise ValueError(f"gradients do not flow through {method.name}, which leaves torch: use another solver")
+    if checkpoint and method.adaptive:
+        raise ValueError(f"checkpoint=True needs steps that are known beforehand, and {method.name} chooses its own")
+    if field.clips and grid.encoding:
+        raise ValueError("a field that clips or thresholds the predicted data cannot encode: make one without")
+    levels = None if save_at is None else _levels(save_at, grid)
     check_state(field, x_bar, "x_bar")
     if dtype is not None:
         x_bar = to_dtype(x_bar, dtype, float(grid.sigmas.max()))
         check_state(field, x_bar, f"x_bar, as {dtype},")
-    with torch.no_grad():
-        return _run(field, x_bar, grid, method, callback, progress, trajectory, rows)
+    with torch.set_grad_enabled(gradients or checkpoint):
+        run = _run(
+            field, x_bar, grid, method, callback, progress, trajectory, dense or levels is not None, checkpoint, rows
+        )
+    if levels is None:
+        return run
+    saved = torch.stack([run.out(level) for level in levels])
+    return replace(run, saved=saved, dense=run.dense if dense else ())
+
+
+def _levels(save_at: Sequence[float], grid: Grid) -> list[float]:
+    levels = np.asarray(save_at.detach().cpu() if isinstance(save_at, Tensor) else save_at, dtype=np.float64)
+    low, high = float(grid.sigmas.min()), float(grid.sigmas.max())
+    if levels.ndim != 1 or not levels.size or not np.all((levels >= low) & (levels <= high)):
+        raise ValueError(f"save_at must be sigmas in the run, {low:.10g} to {high:.10g}, but got {save_at!r}")
+    return levels.tolist()
+
+
+class _Watched:
+    """The field as a solver sees it, counting calls of this run: others may be using the field at the same time."""
+
+    def __init__(self, bound: Callable[..., Tensor], dense: bool) -> None:
+        self.bound, self.dense, self.calls = bound, dense, 0
+        self.node: float | None = None  # where the step began, until its slope there is known
+        self.slope: Tensor | None = None
+        self.visits: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+
+    def __call__(self, x_bar: Tensor, sigma: float | Tensor, rows: Tensor | None = None) -> Tensor:
+        self.calls += 1
+        eps = self.bound(x_bar, sigma) if rows is None else self.bound(x_bar, sigma, rows)
+        if self.node is not None and rows is None and sigma == self.node:
+            self.slope, self.node = eps, None
+        return eps
+
+    def visit(self, rows: Tensor, sigma: Tensor, x_bar: Tensor, slope: Tensor | None) -> None:
+        """Told by an adaptive solver of each node that samples reach, the first included: (A,), (A,), (A, …), (A, …)."""
+        if self.dense:
+            self.visits.append((rows, sigma, x_bar, slope))
 
 
 def _run(
@@ -89,47 +151,87 @@ def _run(
     callback: Callable[[Step], Any] | None,
     progress: bool,
     trajectory: bool,
+    dense: bool,
+    checkpoint: bool,
     rows: slice | Tensor | None,
 ) -> Solution:
     nodes = grid.sigmas.tolist()
-    bound = field.bind(start, solver.stages(grid), rows)
-    calls = 0
-
-    def evaluate(x_bar: Tensor, sigma: float) -> Tensor:
-        # Counted here: others may be using the field at the same time, a callback for one.
-        nonlocal calls
-        calls += 1
-        return bound(x_bar, sigma)
-
-    states = [start] if trajectory else None
+    evaluate = _Watched(field.bind(start, solver.stages(grid), rows), dense)
+    states = [start] if trajectory or dense else None
+    slopes: list[Tensor | None] = []
     x_bar, state = start, solver.init(evaluate, start, grid)
+    step = partial(recompute, solver.step, use_reentrant=False) if checkpoint else solver.step
     steps: Any = range(grid.steps)
     if progress:
         steps = tqdm(steps, desc=solver.name, unit="step", disable=None, leave=False)
+    done = 0
     for n in steps:
-        x_bar, state, _ = solver.step(evaluate, x_bar, n, state)
+        if dense:
+            evaluate.node, evaluate.slope = nodes[n], None
+        x_bar, state, _ = step(evaluate, x_bar, n, state)
+        done = n + 1
         if states is not None:
             states.append(x_bar)
-        if callback is not None:
-            callback(Step(n, nodes[n], nodes[n + 1], x_bar, calls, rows))
+            slopes.append(evaluate.slope)
+        if callback is not None and callback(Step(n, nodes[n], nodes[done], x_bar, evaluate.calls, rows)) is True:
+            break
 
+    calls = evaluate.calls
     if x_bar is start:  # a run that made no step of its own must still not hand the caller's tensor back
         x_bar = start.clone()
     count = start.shape[0]
-    reached, status = [nodes[-1]] * count, [Status.SUCCESS] * count
-    if not isinstance(x_bar, FakeTensor):  # a fake tensor has no values to check
+    reached = [nodes[done]] * count
+    status = [Status.SUCCESS if done == grid.steps else Status.STOPPED] * count
+    outcome = solver.outcome(state)
+    if outcome is not None:
+        ends = zip(outcome.status, outcome.sigma, status, strict=True)
+        reached = list(outcome.sigma)
+        status = [own or stopped for own, _, stopped in ends]
+    elif not isinstance(x_bar, FakeTensor):  # a fake tensor has no values to check
         failed = _failed(x_bar)
         if failed is not None:
             x_bar = x_bar.clone()
-            x_bar[failed], sigmas = _last_finite(field, start[failed], grid, solver, _subset(rows, failed))
+            with torch.no_grad():
+                last, sigmas = _last_finite(field, start[failed], grid, solver, done, _subset(rows, failed))
+            x_bar[failed] = last
             for i, sigma in zip(failed.tolist(), sigmas, strict=True):
                 reached[i], status[i] = sigma, Status.NONFINITE
     kept = None if states is None else torch.stack(states)
-    return Solution(x_bar, tuple(reached), solver.name, grid, calls, tuple(status), kept)
+    pieces: tuple[Dense, ...] = ()
+    if dense and evaluate.visits:
+        pieces = _each_dense(evaluate.visits, count, solver.order)
+    elif dense and kept is not None:
+        pieces = (Dense(grid.sigmas[: done + 1], kept, (*slopes, None), solver.order),)
+    return Solution(
+        x_bar,
+        tuple(reached),
+        solver.name,
+        grid,
+        calls,
+        tuple(status),
+        kept if trajectory else None,
+        pieces,
+        None,
+        outcome,
+    )
+
+
+def _each_dense(
+    visits: list[tuple[Tensor, Tensor, Tensor, Tensor | None]], count: int, order: int
+) -> tuple[Dense, ...]:
+    """The nodes that each sample of an adaptive run visited, as its own dense output."""
+    nodes: list[list[tuple[float, Tensor, Tensor | None]]] = [[] for _ in range(count)]
+    for rows, sigmas, x_bar, slope in visits:
+        for j, (i, sigma) in enumerate(zip(rows.tolist(), sigmas.tolist(), strict=True)):
+            nodes[i].append((sigma, x_bar[j : j + 1], None if slope is None else slope[j : j + 1]))
+    return tuple(
+        Dense(np.array([s for s, _, _ in own]), torch.stack([x for _, x, _ in own]), tuple(e for _, _, e in own), order)
+        for own in nodes
+    )
 
 
 def _last_finite(
-    field: EpsilonField, start: Tensor, grid: Grid, solver: Solver, rows: slice | Tensor | None
+    field: EpsilonField, start: Tensor, grid: Grid, solver: Solver, steps: int, rows: slice | Tensor | None
 ) -> tuple[Tensor, list[float]]:
     """Run failed samples again, watching each step: their last finite states and the σ of those."""
     evaluate = field.bind(start, solver.stages(grid), rows)
@@ -138,7 +240,7 @@ def _last_finite(
     alive = torch.ones(start.shape[0], dtype=torch.bool, device=start.device)
     node = torch.zeros(start.shape[0], dtype=torch.int64, device=start.device)
     # Not the last step: these samples are known to have failed by its end.
-    for n in range(grid.steps - 1):
+    for n in range(steps - 1):
         x_bar, state, _ = solver.step(evaluate, x_bar, n, state)
         alive = alive & x_bar.isfinite().flatten(1).all(dim=1)
         if not bool(alive.any()):

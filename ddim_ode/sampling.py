@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,10 @@ def sample(
     callback: Callable[[Step], Any] | None = None,
     progress: bool = False,
     trajectory: bool = False,
+    dense: bool = False,
+    save_at: Sequence[float] | None = None,
+    gradients: bool = False,
+    checkpoint: bool = False,
 ) -> Solution:
     r"""From latents x_T to data: eq. 14 from σ_T down to 0.
 
@@ -113,7 +117,7 @@ def sample(
         The state's dtype. The network keeps its own.
     batch_size : int, optional
         Split the work into batches of this size; the images stay the same.
-    callback, progress, trajectory
+    callback, progress, trajectory, dense, save_at, gradients, checkpoint
         As for :func:`integrate`.
 
     Returns
@@ -145,7 +149,9 @@ def sample(
         if nodes.sigmas[0] > 0.9 * field.schedule.sigma_max:  # further down, x is partly an image
             _warn_if_not_latent(latent)
     start = to_dtype(latent, dtype, nodes.sigmas[0]) * math.sqrt(1.0 + nodes.sigmas[0] ** 2)
-    return _in_batches(field, start, nodes, method, batch_size, callback, progress, trajectory)
+    options: dict[str, Any] = {"callback": callback, "progress": progress, "trajectory": trajectory, "dense": dense}
+    options |= {"save_at": save_at, "gradients": gradients, "checkpoint": checkpoint}
+    return _in_batches(field, start, nodes, method, batch_size, options)
 
 
 def decode(field: EpsilonField, latent: Tensor, **options: Any) -> Solution:
@@ -167,6 +173,10 @@ def encode(
     callback: Callable[[Step], Any] | None = None,
     progress: bool = False,
     trajectory: bool = False,
+    dense: bool = False,
+    save_at: Sequence[float] | None = None,
+    gradients: bool = False,
+    checkpoint: bool = False,
 ) -> Solution:
     r"""From data to latents x_T: eq. 14 from σ = 0 up to σ_T. A grid named for both directions has the same nodes in both.
 
@@ -179,7 +189,7 @@ def encode(
     data_range : (float, float) or None
         What images (B, C, H, W) must lie in, up to rounding; None for no check, and none is made for a
         latent-diffusion model, whose latents have no range.
-    steps, nfe, solver, grid, dtype, batch_size, callback, progress, trajectory
+    steps, nfe, solver, grid, dtype, batch_size, callback, progress, trajectory, dense, save_at, gradients, checkpoint
         As for :func:`sample`; the default solver and grid are those of this direction.
 
     Returns
@@ -196,7 +206,9 @@ def encode(
     check_state(field, images, "images")
     _check_range(images, None if field.codec is not None else data_range)
     start = to_dtype(images, dtype, nodes.sigmas[-1]) * math.sqrt(1.0 + nodes.sigmas[0] ** 2)
-    return _in_batches(field, start, nodes, method, batch_size, callback, progress, trajectory)
+    options: dict[str, Any] = {"callback": callback, "progress": progress, "trajectory": trajectory, "dense": dense}
+    options |= {"save_at": save_at, "gradients": gradients, "checkpoint": checkpoint}
+    return _in_batches(field, start, nodes, method, batch_size, options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -376,6 +388,17 @@ def plan(
         )
     default_solver, default_grid = DEFAULTS[direction]
     method = get(default_solver if solver is None else solver)
+    if method.adaptive:
+        if nfe is not None or (steps is not None and not isinstance(grid, str)):
+            raise ValueError(
+                f"{method.name} chooses its own steps by its tolerances, rtol and atol, and has no budget of steps or nfe: "
+                "a grid, if one is given, says where it must stop on its way"
+            )
+        if isinstance(grid, str) and steps is None:
+            raise ValueError(
+                f"grid = {grid!r} needs steps= with {method.name}: the nodes where it must stop on its way"
+            )
+        grid = [field.schedule.sigma_max, 0.0] if grid is None else grid
     if grid is None:
         # A solver that is named runs on one grid both ways.
         grid = default_grid if solver is None else DEFAULTS["sample"][1]
@@ -405,13 +428,10 @@ def _in_batches(
     grid: Grid,
     solver: Solver,
     batch_size: int | None,
-    callback: Callable[[Step], Any] | None,
-    progress: bool,
-    trajectory: bool,
+    options: dict[str, Any],
 ) -> Solution:
     field.check_conditions(start.shape[0])
     batch_size = None if batch_size is None else whole(batch_size, "batch_size")
-    options: dict[str, Any] = {"callback": callback, "progress": progress, "trajectory": trajectory}
     if batch_size is None or batch_size >= start.shape[0]:
         return integrate(field, start, grid, solver, **options)
     size = batch_size

@@ -8,9 +8,10 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from ddim_ode.dense import Dense
 from ddim_ode.grid import Grid
 
-__all__ = ["Solution", "Status", "Step"]
+__all__ = ["Outcome", "Solution", "Status", "Step"]
 
 
 class Status(IntEnum):
@@ -19,11 +20,40 @@ class Status(IntEnum):
     SUCCESS = 0
     #: The field returned NaN or infinity; the sample holds its last finite state.
     NONFINITE = 1
+    #: An adaptive solver used up its `max_steps`; the sample holds the state it had reached.
+    MAX_STEPS = 2
+    #: An adaptive solver's step fell below what σ can resolve; the sample holds the state it had reached.
+    STALLED = 3
+    #: A callback stopped the run.
+    STOPPED = 4
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of each sample of an adaptive run; every tuple holds one entry a sample.
+
+    Attributes
+    ----------
+    status : tuple of Status
+        How it ended.
+    sigma : tuple of float
+        The noise level it reached.
+    nfe : tuple of int
+        Model calls it took part in.
+    accepted, rejected : tuple of int
+        Its steps.
+    """
+
+    status: tuple[Status, ...]
+    sigma: tuple[float, ...]
+    nfe: tuple[int, ...]
+    accepted: tuple[int, ...]
+    rejected: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a callback sees after a step.
+    """What a callback sees after a step. A callback that returns True stops the run there.
 
     Attributes
     ----------
@@ -59,7 +89,7 @@ class Solution:
     x_bar : Tensor
         The state of eq. 14, (B, \*d), each sample at its own `sigma`.
     sigma : tuple of float
-        The noise level each sample reached: the grid's last, unless the sample failed.
+        The noise level each sample reached: the grid's last, unless the sample failed or the run was stopped.
     solver : str
         The solver's name.
     grid : Grid
@@ -70,6 +100,12 @@ class Solution:
         One a sample.
     trajectory : Tensor or None
         States at every node, (steps + 1, B, \*d), if asked for.
+    dense : tuple of Dense
+        Dense output, if asked for: pieces of the batch in order, each with its own nodes. :meth:`out` reads it.
+    saved : Tensor or None
+        x̄ at the levels of ``save_at``, in their order, (levels, B, \*d), if asked for.
+    outcome : Outcome or None
+        Steps and calls of each sample of an adaptive run.
     """
 
     x_bar: Tensor
@@ -79,6 +115,9 @@ class Solution:
     nfe: int
     status: tuple[Status, ...]
     trajectory: Tensor | None = None
+    dense: tuple[Dense, ...] = ()
+    saved: Tensor | None = None
+    outcome: Outcome | None = None
 
     @property
     def x(self) -> Tensor:
@@ -93,18 +132,54 @@ class Solution:
         """Whether every sample ended well."""
         return all(status is Status.SUCCESS for status in self.status)
 
+    def out(self, sigma: float) -> Tensor:
+        r"""Dense output: x̄ at any σ between the ends of the run, (B, \*d). No model call.
+
+        Parameters
+        ----------
+        sigma : float
+            A noise level in the range of the run. Where a sample did not get so far, its row is NaN.
+
+        Raises
+        ------
+        ValueError
+            If the run was not made with ``dense=True``, or σ lies outside it.
+        """
+        if not self.dense:
+            raise ValueError("this run kept no dense output: ask for it, dense=True")
+        low, high = float(self.grid.sigmas.min()), float(self.grid.sigmas.max())
+        if not low <= sigma <= high:
+            raise ValueError(f"sigma must lie in the run, {low:.10g} to {high:.10g}, but got {sigma!r}")
+        reached = [piece.range[0] <= sigma <= piece.range[1] for piece in self.dense]
+        pieces = zip(self.dense, reached, strict=True)
+        return torch.cat(
+            [piece(sigma) if there else torch.full_like(piece.x_bar[0], torch.nan) for piece, there in pieces]
+        )
+
     @staticmethod
     def concatenate(parts: list[Solution]) -> Solution:
         """Runs over batches, as one run over all of them."""
         if len(parts) == 1:
             return parts[0]
         trajectories = [part.trajectory for part in parts if part.trajectory is not None]
+        saved = [part.saved for part in parts if part.saved is not None]
+        outcomes = [part.outcome for part in parts if part.outcome is not None]
+        # A run that a callback stopped early has a shorter trajectory: the batches then have no common one.
+        common = len({len(t) for t in trajectories}) == 1
         return Solution(
             x_bar=torch.cat([part.x_bar for part in parts]),
             sigma=tuple(s for part in parts for s in part.sigma),
             solver=parts[0].solver,
             grid=parts[0].grid,
-            nfe=parts[0].nfe,
+            nfe=max(part.nfe for part in parts),
             status=tuple(s for part in parts for s in part.status),
-            trajectory=torch.cat(trajectories, dim=1) if trajectories else None,
+            trajectory=torch.cat(trajectories, dim=1) if common else None,
+            dense=tuple(piece for part in parts for piece in part.dense),
+            saved=torch.cat(saved, dim=1) if saved else None,
+            outcome=None if not outcomes else _join(outcomes),
         )
+
+
+def _join(parts: list[Outcome]) -> Outcome:
+    names = ("status", "sigma", "nfe", "accepted", "rejected")
+    return Outcome(*(tuple(x for part in parts for x in getattr(part, name)) for name in names))

@@ -13,11 +13,16 @@ from torch import Tensor
 
 from ddim_ode.grid import Grid
 from ddim_ode.schedule import NoiseSchedule, whole
+from ddim_ode.solution import Outcome
 
-__all__ = ["Clock", "Solver", "arctan", "asinh", "clock"]
+__all__ = ["Clock", "Field", "Solver", "arctan", "asinh", "clock"]
 
 Array = NDArray[np.float64]
-Field = Callable[[Tensor, float], Tensor]
+
+
+#: What a solver is given to ask for ε: ``field(x_bar, sigma)``, one float σ for the whole batch. An adaptive solver asks
+#: ``field(x_bar, sigma, rows)`` for the samples `rows` (A,) of the batch, x̄ (A, \*d), each at its own σ (A,), float64.
+Field = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,16 @@ class Solver(ABC):
         Model calls a step, once started.
     source : str
         Where it comes from.
+    adaptive : bool
+        Whether it chooses its own steps between the nodes of the grid, so that its calls are not known beforehand.
+    differentiable : bool
+        Whether gradients flow through it.
+    start : str
+        How a run begins, in a word or two.
+    exact : str
+        What it solves without error on any step.
+    states : int
+        Tensors of the size of the state that are kept from step to step, the state included.
 
     Examples
     --------
@@ -118,6 +133,11 @@ class Solver(ABC):
     order: int
     nfe_per_step: int
     source: str
+    adaptive: bool = False
+    differentiable: bool = True
+    start: str = "itself"
+    exact: str = "constant ε"
+    states: int = 1
 
     @abstractmethod
     def init(self, field: Field, x_bar: Tensor, grid: Grid) -> Any:
@@ -146,6 +166,10 @@ class Solver(ABC):
         error : Tensor or None
             An estimate of the local error, (B, \*d), if the method has one.
         """
+
+    def outcome(self, state: Any) -> Outcome | None:
+        """What became of each sample, for a solver that watches its samples by itself; None: the loop looks."""
+        return None
 
     def stages(self, grid: Grid) -> Array:
         """Every σ at which a run over `grid` asks the field; lets labels be made before the loop."""
