@@ -1,6 +1,7 @@
 """DDIM sampling as what it is: one ordinary differential equation in σ and x̄, and its solvers."""
 
 from ddim_ode.checking import Report, check
+from ddim_ode.dense import Dense
 from ddim_ode.field import EpsilonField
 from ddim_ode.grid import Grid, grids
 from ddim_ode.integrate import integrate
@@ -8,24 +9,28 @@ from ddim_ode.models.checkpoints import load
 from ddim_ode.models.pipelines import ModelWarning
 from ddim_ode.sampling import LatentWarning, RoundTrip, decode, encode, interpolate, noise, round_trip, sample, slerp
 from ddim_ode.schedule import NoiseSchedule
-from ddim_ode.solution import Solution, Status, Step
+from ddim_ode.solution import Outcome, Solution, Status, Step
 from ddim_ode.solvers import (
     DATA,
     NOISE,
     Clock,
+    Flow,
     Gaussian,
+    Ipndm,
     Linear,
     Multistep,
     RungeKutta,
+    SingleStep,
     Solver,
     Tableau,
+    fit_gaussian,
     solvers,
 )
 
 __all__ = [
-    "DATA", "NOISE", "Clock", "EpsilonField", "Gaussian", "Grid", "LatentWarning", "Linear", "ModelWarning", "Multistep",
-    "NoiseSchedule", "Report", "RoundTrip", "RungeKutta", "Solution", "Solver", "Status", "Step", "Tableau", "check",
-    "decode", "encode", "grids", "integrate", "interpolate", "load", "noise", "round_trip", "sample", "slerp", "solvers",
+    "DATA", "NOISE", "Clock", "Dense", "EpsilonField", "Flow", "Gaussian", "Grid", "Ipndm", "LatentWarning", "Linear",
+    "ModelWarning", "Multistep", "NoiseSchedule", "Outcome", "Report", "RoundTrip", "RungeKutta", "SingleStep", "Solution",
+    "Solver", "Status", "Step", "Tableau", "check", "decode", "encode", "fit_gaussian", "grids", "integrate", "interpolate", "load", "noise", "round_trip", "sample", "slerp", "solvers",
 ]  # fmt: skip
 
 __version__ = "0.1.0"

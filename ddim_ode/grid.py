@@ -134,6 +134,8 @@ class Grid:
                 Even in t, with fractions.
             ``asinh``, ``arctan``
                 Even in asinh(σ/c) or arctan(σ/c) down to 0. Option ``c`` (asinh 0.02, arctan 1).
+            ``flow``
+                Even in (σ/(c + σ))^{1/ρ} down to 0: for c = ρ = 1 even in rectified flow's time. Options ``c`` (1), ``rho`` (1).
         schedule : NoiseSchedule
             The schedule to cover.
         steps : int
@@ -231,6 +233,14 @@ def _arctan(schedule: NoiseSchedule, steps: int, c: float = 1.0) -> Array:
     return _down_to_zero(schedule, steps, c, np.arctan, np.tan)
 
 
+def _flow(schedule: NoiseSchedule, steps: int, c: float = 1.0, rho: float = 1.0) -> Array:
+    end = schedule.sigma_max / (c + schedule.sigma_max)
+    u = end * (np.arange(steps, 0.0, -1.0) / steps) ** rho
+    sigmas = c * u / (1.0 - u)
+    sigmas[0] = schedule.sigma_max
+    return sigmas
+
+
 def _down_to_zero(
     schedule: NoiseSchedule, steps: int, c: float, clock: Callable[[Any], Any], inverse: Callable[[Any], Any]
 ) -> Array:
@@ -248,4 +258,5 @@ _RULES: dict[str, Callable[..., Array]] = {
     "t": _time,
     "asinh": _asinh,
     "arctan": _arctan,
+    "flow": _flow,
 }

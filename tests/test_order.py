@@ -35,7 +35,7 @@ from benchmarks.convergence import (
 from ddim_ode import EpsilonField, Multistep, NoiseSchedule, RungeKutta, integrate, solvers
 from ddim_ode.models.analytic import GaussianEpsilon
 from ddim_ode.solvers import get
-from ddim_ode.solvers.multistep import _Step
+from ddim_ode.solvers.multistep import Weights
 from ddim_ode.solvers.runge_kutta import RK4
 
 CASES = cases()
@@ -234,7 +234,7 @@ class _Wrong(Multistep):
     def plan(self, grid):
         out = []
         for step in super().plan(grid):
-            if isinstance(step, _Step) and step.weights is not None and len(step.weights) == 3:
+            if isinstance(step, Weights) and step.weights is not None and len(step.weights) == 3:
                 w0, w1, w2 = step.weights
                 step = step._replace(weights=(1.01 * w0, w1, w2 - (0.01 * w0 if self.balanced else 0.0)))
             out.append(step)

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import difflib
 
-from ddim_ode.solvers.base import Clock, Solver, arctan, asinh, clock
-from ddim_ode.solvers.multistep import DATA, NOISE, Gaussian, Linear, Multistep
+from ddim_ode.solvers.base import Clock, Solver, arctan, asinh, clock, flow
+from ddim_ode.solvers.ipndm import Ipndm
+from ddim_ode.solvers.multistep import DATA, NOISE, Flow, Gaussian, Linear, Multistep, fit_gaussian
 from ddim_ode.solvers.runge_kutta import HEUN, KUTTA3, MIDPOINT, RK4, RungeKutta, Tableau
+from ddim_ode.solvers.single_step import DPM2S, DPM3S, DPMPP2S, SingleStep
 
 __all__ = [
     "Clock",
     "DATA",
+    "Flow",
     "Gaussian",
+    "Ipndm",
     "Linear",
     "Multistep",
     "NOISE",
     "RungeKutta",
+    "SingleStep",
     "Solver",
     "Tableau",
     "arctan",
     "asinh",
     "clock",
+    "fit_gaussian",
+    "flow",
     "get",
     "solvers",
 ]
@@ -30,6 +37,11 @@ _DEIS = "tAB-DEIS, Zhang & Chen 2022, exact integrals"
 _DEISX = "tAB-DEIS on x̂₀, with DPM-Solver++'s linear part: benchmarks/defaults.py"
 _ARCTAN = "Adams–Bashforth in the clock arctan σ: benchmarks/defaults.py"
 _DPMPP = "DPM-Solver++ multistep, Lu et al. 2022, exact integrals for its finite differences"
+
+_ABM = "Adams–Bashforth–Moulton on eq. 14; the corrector shares the next call, as in UniPC"
+_PECE = "Adams–Bashforth–Moulton on eq. 14, PECE: Hairer, Nørsett & Wanner 1993, III.1"
+_UNIPC = "UniPC, Zhao et al. 2023, exact integrals for its B(h)"
+_FLOW = "Adams–Bashforth on rectified flow's velocity in its own time, Liu, Gong & Liu 2023"
 
 _MEMBERS: dict[str, Solver] = {
     solver.name: solver
@@ -41,6 +53,14 @@ _MEMBERS: dict[str, Solver] = {
         *(Multistep(k, clock="t", linear=DATA, label=f"deisx{k}", source=_DEISX) for k in (2, 3, 4)),
         *(Multistep(k, clock="arctan", label=f"arctan{k}", source=_ARCTAN) for k in (2, 3, 4)),
         *(Multistep(k, clock="log", linear=DATA, label=f"dpmpp{k}m", source=_DPMPP) for k in (2, 3)),
+        *(Multistep(k - 1, corrector="free", label=f"abm{k}", source=_ABM) for k in (2, 3, 4)),
+        *(Multistep(k - 1, corrector="pece", label=f"abm{k}-pece", source=_PECE) for k in (2, 3, 4)),
+        *(Multistep(k, clock="log", linear=DATA, corrector="free", label=f"unipc{k}", source=_UNIPC) for k in (2, 3)),
+        *(Multistep(k, clock="flow", linear=Flow(), label=f"flow{k}", source=_FLOW) for k in (2, 3)),
+        Ipndm(),
+        DPM2S,
+        DPM3S,
+        DPMPP2S,
         *(RungeKutta(tableau) for tableau in (MIDPOINT, HEUN, KUTTA3, RK4)),
     )
 }

@@ -15,7 +15,7 @@ from ddim_ode.grid import Grid
 from ddim_ode.schedule import NoiseSchedule, whole
 from ddim_ode.solution import Outcome
 
-__all__ = ["Clock", "Field", "Solver", "arctan", "asinh", "clock"]
+__all__ = ["Clock", "Field", "Solver", "arctan", "asinh", "clock", "flow"]
 
 Array = NDArray[np.float64]
 
@@ -57,12 +57,18 @@ def asinh(c: float = 0.05) -> Clock:
     return Clock(f"asinh({c:g})", lambda s: np.arcsinh(s / c), lambda u: c * np.sinh(u), lambda s: np.hypot(s, c))
 
 
+def flow(c: float = 1.0) -> Clock:
+    """The clock σ/(c + σ): rectified flow's time for c = 1. Like σ/c below c; above it what is left to 1 is c/σ."""
+    return Clock(f"flow({c:g})", lambda s: s / (c + s), lambda u: c * u / (1.0 - u), lambda s: (c + s) ** 2 / c)
+
+
 _CLOCKS: dict[str, Callable[[], Clock]] = {
     "sigma": lambda: Clock("sigma", lambda s: s, lambda u: u, np.ones_like),
     "log": lambda: Clock("log", np.log, np.exp, lambda s: s),
     "variance": lambda: Clock("variance", lambda s: 0.5 * s * s, lambda u: np.sqrt(2.0 * u), lambda s: 1.0 / s),
     "arctan": arctan,
     "asinh": asinh,
+    "flow": flow,
 }
 
 
@@ -73,7 +79,7 @@ def clock(name: str | Clock, schedule: NoiseSchedule) -> Clock:
     ----------
     name : str or Clock
         ``"sigma"``, ``"log"`` (log σ), ``"t"`` (the schedule's time), ``"variance"`` (σ²/2), ``"arctan"``
-        (:func:`arctan`), ``"asinh"`` (:func:`asinh`), or a clock, which is returned as it is.
+        (:func:`arctan`), ``"asinh"`` (:func:`asinh`), ``"flow"`` (:func:`flow`), or a clock, which is returned as it is.
     schedule : NoiseSchedule
         What ``"t"`` refers to.
     """

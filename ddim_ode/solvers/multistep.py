@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
@@ -28,9 +29,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ddim_ode.grid import Grid
 from ddim_ode.schedule import whole
 from ddim_ode.solvers.base import Clock, Field, Solver, clock
-from ddim_ode.solvers.runge_kutta import KUTTA3, MIDPOINT, RungeKutta, _Stages, combine, run_stages
+from ddim_ode.solvers.runge_kutta import KUTTA3, MIDPOINT, RK4, RungeKutta, _Stages, combine, run_stages
 
-__all__ = ["DATA", "Gaussian", "Linear", "Multistep", "NOISE"]
+__all__ = ["DATA", "Flow", "Gaussian", "Linear", "Multistep", "NOISE", "fit_gaussian"]
 
 Array = NDArray[np.float64]
 
@@ -59,6 +60,10 @@ class Linear(ABC):
     def h(self, sigma: float) -> float:
         """Rest = h(σ) z."""
         return 1.0
+
+    def scale(self, s: Array) -> Array:
+        """G of the quantity that is this part's own, rest = g y; of the shape of :meth:`propagator`."""
+        return np.ones_like(s)
 
     @abstractmethod
     def advance(self, x_bar: Tensor, propagator: Any, weights: tuple[Any, ...], stored: tuple[Tensor, ...]) -> Tensor:
@@ -102,20 +107,64 @@ class _Data(Linear):
     def h(self, sigma: float) -> float:
         return -1.0 / sigma
 
+    def scale(self, s: Array) -> Array:
+        return -1.0 / s
+
     def advance(self, x_bar: Tensor, propagator: Any, weights: tuple[Any, ...], stored: tuple[Tensor, ...]) -> Tensor:
-        moved = x_bar * propagator
-        for weight, z in zip(weights, stored, strict=True):
-            moved.add_(z, alpha=weight)
-        return moved
+        return _scaled_sum(x_bar, propagator, weights, stored)
+
+
+def _scaled_sum(x_bar: Tensor, propagator: float, weights: tuple[float, ...], stored: tuple[Tensor, ...]) -> Tensor:
+    moved = x_bar * propagator
+    for weight, z in zip(weights, stored, strict=True):
+        moved.add_(z, alpha=weight)
+    return moved
 
 
 NOISE: Linear = _Noise()
 DATA: Linear = _Data()
 
 
+@dataclass(frozen=True)
+class Flow(Linear):
+    r"""a = 1/(c + σ), P = (c + σ')/(c + s): between :data:`DATA` (c → 0) and :data:`NOISE` (c → ∞), and finite at σ = 0.
+
+    Its own quantity is the velocity :math:`y = z = (c + \sigma)\epsilon - \bar x = c\epsilon - \hat x_0`, with rest =
+    y/(c + σ): for c = 1 that of rectified flow (Liu, Gong & Liu 2023), whose equation for :math:`\bar x/(1 + \sigma)` in
+    the time σ/(1 + σ) is eq. 14.
+
+    Parameters
+    ----------
+    c : float
+        A noise level, c > 0.
+    """
+
+    c: float = 1.0
+    name = "flow"
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.c < math.inf:
+            raise ValueError(f"c of a Flow must be a positive number, but got {self.c!r}")
+
+    def propagator(self, s: Array, to: float) -> Array:
+        return (self.c + to) / (self.c + s)
+
+    def stored(self, x_bar: Tensor, eps: Tensor, sigma: float) -> Tensor:
+        return (eps * (self.c + sigma)).sub_(x_bar)
+
+    def h(self, sigma: float) -> float:
+        return 1.0 / (self.c + sigma)
+
+    def scale(self, s: Array) -> Array:
+        return 1.0 / (self.c + s)
+
+    def advance(self, x_bar: Tensor, propagator: Any, weights: tuple[Any, ...], stored: tuple[Tensor, ...]) -> Tensor:
+        return _scaled_sum(x_bar, propagator, weights, stored)
+
+
 @dataclass(frozen=True, eq=False)
 class Gaussian(Linear):
-    r"""The linear part that is exact for data N(μ, U diag(λ) Uᵀ).
+    r"""The linear part that is exact for data N(μ, U diag(λ) Uᵀ); :func:`fit_gaussian` takes it from data.
 
     a = σ/(λ + σ²) and :math:`P = \sqrt{(\lambda + \sigma'^2)/(\lambda + s^2)}` along each direction.
 
@@ -124,14 +173,17 @@ class Gaussian(Linear):
     mean : Tensor
         μ, (\*d) or a scalar.
     variance : Tensor
-        λ > 0: a scalar (isotropic), (\*d) (diagonal), or (D,) with a basis, D the product of d.
+        λ > 0: a scalar (isotropic), (\*d) (diagonal), or (r,) with a basis.
     basis : Tensor, optional
-        U, (D, D) orthogonal, columns the directions.
+        U, (D, r) with orthonormal columns, the directions; D is the product of d.
+    rest : float, optional
+        λ of all directions that `basis` leaves out, if r < D.
     """
 
     mean: Tensor
     variance: Tensor
     basis: Tensor | None = None
+    rest: float | None = None
     name = "gaussian"
 
     def __post_init__(self) -> None:
@@ -142,24 +194,40 @@ class Gaussian(Linear):
             )
         object.__setattr__(self, "mean", torch.as_tensor(self.mean, dtype=torch.float64))
         object.__setattr__(self, "variance", variance)
-        object.__setattr__(self, "_host", variance.numpy(force=True))  # the weights are worked out on the host
+        host = variance.numpy(force=True)  # the weights are worked out on the host
         object.__setattr__(self, "_placed", {})
-        if self.basis is not None:
+        if self.basis is None:
+            if self.rest is not None:
+                raise ValueError("rest is the variance outside a basis, but no basis is given")
+        else:
             basis = torch.as_tensor(self.basis, dtype=torch.float64)
-            size = basis.shape[0]
-            if basis.shape != (size, size) or variance.shape != (size,):
+            if basis.ndim != 2 or basis.shape[1] > basis.shape[0] or variance.shape != (basis.shape[1],):
                 raise ValueError(
-                    "basis must be (D, D) with variance (D,), but their shapes are "
+                    "basis must be (D, r), r <= D, with variance (r,), but their shapes are "
                     f"{tuple(basis.shape)} and {tuple(variance.shape)}"
                 )
-            if float((basis.T @ basis - torch.eye(size, dtype=torch.float64, device=basis.device)).abs().max()) > 1e-6:
-                raise ValueError("basis must be orthogonal, but its columns are not (to 1e-6)")
+            size, rank = basis.shape
+            if (rank < size) != (self.rest is not None) or (self.rest is not None and not 0.0 < self.rest < math.inf):
+                raise ValueError(
+                    f"rest must be the positive variance of the {size - rank} directions outside the basis, and None if there "
+                    f"are none, but got {self.rest!r}"
+                )
+            if float((basis.T @ basis - torch.eye(rank, dtype=torch.float64, device=basis.device)).abs().max()) > 1e-6:
+                raise ValueError("basis must be orthogonal, but its columns are not orthonormal (to 1e-6)")
             object.__setattr__(self, "basis", basis)
+            host = host if self.rest is None else np.append(host, self.rest)
+        object.__setattr__(self, "_host", host)
+
+    def _over(self, s: Array) -> Array:
+        """λ + s², over the directions, that of the rest last."""
+        variance = self._host  # type: ignore[attr-defined]
+        return variance + (s * s).reshape(s.shape + (1,) * variance.ndim)
 
     def propagator(self, s: Array, to: float) -> Array:
-        variance = self._host  # type: ignore[attr-defined]
-        s = s.reshape(s.shape + (1,) * variance.ndim)
-        return np.sqrt((variance + to * to) / (variance + s * s))
+        return np.sqrt(self._over(np.array(to)) / self._over(s))
+
+    def scale(self, s: Array) -> Array:
+        return 1.0 / np.sqrt(self._over(s))
 
     @property
     def directed(self) -> bool:  # type: ignore[override]
@@ -169,21 +237,26 @@ class Gaussian(Linear):
         key = (like.device, like.dtype)
         if key in self._placed:  # type: ignore[attr-defined]
             return self._placed[key]  # type: ignore[attr-defined]
-        placed = tuple(
-            None if x is None else x.to(like.device, like.dtype) for x in (self.mean, self.variance, self.basis)
-        )
+        spread = self.variance if self.rest is None else torch.as_tensor(self._host)  # type: ignore[attr-defined]
+        placed = tuple(None if x is None else x.to(like.device, like.dtype) for x in (self.mean, spread, self.basis))
         # Fake tensors must not outlive their mode, nor inference tensors theirs.
         if not any(isinstance(x, FakeTensor) for x in placed) and not torch.is_inference_mode_enabled():
             self._placed[key] = placed  # type: ignore[attr-defined]
         return placed  # type: ignore[return-value]
 
-    def _turn(self, x: Tensor, basis: Tensor | None) -> Tensor:
-        return x if basis is None else x.flatten(1) @ basis
+    def _apply(self, values: Any, x: Tensor, basis: Tensor | None) -> Tensor:
+        """Multiply x by `values` along each direction."""
+        if basis is None:
+            return values * x
+        flat = x.flatten(1)
+        if self.rest is None:
+            return ((values * (flat @ basis)) @ basis.T).reshape(x.shape)
+        inside, rest = values.split((basis.shape[1], 1))
+        return (rest * flat + ((inside - rest) * (flat @ basis)) @ basis.T).reshape(x.shape)
 
     def stored(self, x_bar: Tensor, eps: Tensor, sigma: float) -> Tensor:
         mean, variance, basis = self._constants(x_bar)
-        pull = sigma / (variance + sigma * sigma)
-        return self._turn(eps, basis) - pull * self._turn(x_bar - mean, basis)
+        return eps - self._apply(sigma / (variance + sigma * sigma), x_bar - mean, basis)
 
     def check(self, x_bar: Tensor) -> None:
         shape, size = x_bar.shape[1:], math.prod(x_bar.shape[1:])
@@ -200,17 +273,82 @@ class Gaussian(Linear):
 
     def advance(self, x_bar: Tensor, propagator: Any, weights: tuple[Any, ...], stored: tuple[Tensor, ...]) -> Tensor:
         mean, _, basis = self._constants(x_bar)
-        moved = propagator * self._turn(x_bar - mean, basis)
+        moved = mean + self._apply(propagator, x_bar - mean, basis)
         for weight, z in zip(weights, stored, strict=True):
-            moved = moved + weight * z
-        return mean + (moved if basis is None else (moved @ basis.T).reshape(x_bar.shape))
+            moved = moved + self._apply(weight, z, basis)
+        return moved
+
+
+def fit_gaussian(
+    images: Tensor, kind: Literal["isotropic", "diagonal", "low-rank"] = "low-rank", rank: int = 64
+) -> Gaussian:
+    r"""The :class:`Gaussian` of a set of images, by maximum likelihood.
+
+    Parameters
+    ----------
+    images : Tensor
+        (N, \*d), N ≥ 2, floats as the model knows them (pictures in [−1, 1]).
+    kind : {"isotropic", "diagonal", "low-rank"}
+        One variance for all; one a pixel; or the covariance's leading `rank` directions with the variance of each, and one
+        variance for all others (probabilistic principal components, Tipping & Bishop 1999).
+    rank : int
+        Directions kept, less than N.
+
+    Returns
+    -------
+    Gaussian
+        To be used as ``Multistep(k, linear=...)``. Variances are kept at or above 1e-6 of their mean: a pixel that never
+        changes has none.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the images are not finite floats, too few, or all alike, or the rank does not fit.
+    """
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images must be a tensor of floats, such as x / 127.5 - 1, but got {got}")
+    if images.ndim < 2 or images.shape[0] < 2:
+        raise ValueError(f"images must be (N, *d) with N >= 2, but their shape is {tuple(images.shape)}")
+    if kind not in ("isotropic", "diagonal", "low-rank"):
+        raise ValueError(f'kind must be "isotropic", "diagonal" or "low-rank", but got {kind!r}')
+    data = images.detach().double()
+    if not bool(data.isfinite().all()):
+        raise ValueError("images must be finite, but there is NaN or infinity among them")
+    mean = data.mean(dim=0)
+    centred = (data - mean).flatten(1)
+    spread = centred.square().mean(dim=0)
+    average = float(spread.mean())
+    if average == 0.0:
+        raise ValueError("images must differ from each other, but all are the same")
+    least = 1e-6 * average
+    if kind == "isotropic":
+        return Gaussian(mean, torch.tensor(average))
+    if kind == "diagonal":
+        return Gaussian(mean, spread.clamp(min=least).reshape(mean.shape))
+    count, size = centred.shape
+    rank = whole(rank, "rank")
+    if rank >= count or rank > size:
+        raise ValueError(f"rank must be less than the {count} images and at most {size}, but got {rank}")
+    if size <= count:
+        values, vectors = torch.linalg.eigh(centred.T @ centred / count)
+        basis = vectors[:, -rank:].flip(1)
+    else:  # fewer images than dimensions: the same directions by way of the images
+        values, vectors = torch.linalg.eigh(centred @ centred.T / count)
+        basis = torch.linalg.qr(centred.T @ vectors[:, -rank:].flip(1)).Q
+    kept = values[-rank:].flip(0).clamp(min=least)
+    if rank == size:
+        return Gaussian(mean, kept, basis)
+    rest = max((float(spread.sum()) - float(values[-rank:].sum())) / (size - rank), least)
+    return Gaussian(mean, kept, basis, rest)
 
 
 # -- interpolated quantities: ε − a(x̄ − μ) = g(σ) y -----------------------------------------------
-_QUANTITIES = {
-    "noise": lambda s: np.ones_like(s),  # y = ε less its linear part
-    "data": lambda s: -1.0 / s,  # y = x̂₀ under DATA, x̂₀ − x̄ under NOISE
-    "score": lambda s: s,  # y = ε/σ, minus the score
+_QUANTITIES: dict[str, Callable[[Linear, Array], Array]] = {
+    "noise": lambda linear, s: np.ones_like(s),  # y = ε less its linear part
+    "data": lambda linear, s: -1.0 / s,  # y = x̂₀ under DATA, x̂₀ − x̄ under NOISE
+    "score": lambda linear, s: s,  # y = ε/σ, minus the score
+    "own": lambda linear, s: linear.scale(s),  # what the linear part leaves most nearly constant
 }
 
 
@@ -237,7 +375,7 @@ def _lagrange(nodes: Array, u: Array) -> Array:
     return out
 
 
-class _Step(NamedTuple):
+class Weights(NamedTuple):
     """One step, as numbers. `propagator` None: x̄ + weights[0] ε (eq. 13). `weights` None: stay."""
 
     sigma: float
@@ -245,9 +383,21 @@ class _Step(NamedTuple):
     weights: tuple[Any, ...] | None
 
 
+class _Corrected(NamedTuple):
+    """A step of a member with a corrector. `correct` None: the formula does not hold on its interval, and nothing is done.
+
+    Under ``"free"`` it is the correction of the step before, whose end is where this one begins; under ``"pece"`` this
+    step's own.
+    """
+
+    predict: Weights
+    correct: Weights | None
+
+
 class _State(NamedTuple):
-    plan: tuple[_Step | _Stages, ...]
+    plan: tuple[Weights | _Corrected | _Stages, ...]
     history: tuple[Tensor, ...]  # newest first
+    anchor: Tensor | None = None  # where the step before began, for the free corrector
 
 
 @dataclass(frozen=True, repr=False)
@@ -257,18 +407,25 @@ class Multistep(Solver):
     Parameters
     ----------
     k : int
-        Evaluations the polynomial goes through, 1–4: the order once started.
+        Evaluations the polynomial goes through, 1–4: the order once started, without a corrector.
     clock : str or Clock
         The variable of the polynomial: ``"sigma"``, ``"t"``, ``"log"``, ``"arctan"``, …; see
         :func:`ddim_ode.solvers.base.clock`.
     linear : Linear
-        The part solved exactly: :data:`NOISE` (none), :data:`DATA`, or a :class:`Gaussian`.
-    quantity : {"noise", "data", "score"}
-        What is interpolated: ε (less its linear part), x̂₀, or ε/σ. By default noise, and data under DATA.
+        The part solved exactly: :data:`NOISE` (none), :data:`DATA`, a :class:`Flow`, or a :class:`Gaussian`.
+    quantity : {"noise", "data", "score", "own"}
+        What is interpolated: ε (less its linear part), x̂₀, ε/σ, or the linear part's own: ε under NOISE, x̂₀ under DATA,
+        the velocity under a Flow, and the rest times √(λ + σ²) under a Gaussian. By default the own one, but for a
+        Gaussian ``"noise"``.
     start : {"ramp", "rk"}
         How the first k − 1 steps are made. ``"ramp"``: with the evaluations there are, one call a step; the
-        first step is Euler's, so the order is at most 2. ``"rk"``: by a Runge–Kutta method of order k − 1 in
-        the clock σ, which keeps order k and costs k − 1 calls a step.
+        first step is Euler's, so the order is at most 2, or 3 with a corrector. ``"rk"``: by Runge–Kutta in the clock σ,
+        one order below the member's, which keeps the order and costs more calls a step.
+    corrector : {None, "free", "pece"}
+        Adams–Bashforth–Moulton: the step is made again by the polynomial that goes through its end too, of one order
+        more. ``"free"`` takes for its end the evaluation that the next step makes anyway, at the predicted state, as
+        UniPC does (Zhao et al. 2023); the last step, which has none, stays as predicted. ``"pece"`` evaluates at the
+        predicted state for the correction and at the corrected one for what follows: two calls a step.
     label : str, optional
         The name, where it has one in the field.
 
@@ -279,14 +436,15 @@ class Multistep(Solver):
     starts like √t) the steps next to 0 are of lower order too: docs/solvers.md has the measured orders. ``score`` cannot
     leave σ = 0: ε/σ does not exist there, so an encoding run starts at the first σ above it, from the data as it is, and
     that step costs no call. Under :data:`DATA` the quantities ``noise`` and ``score`` are infinite at σ = 0, and grids
-    that touch it are refused.
+    that touch it are refused. Steps on which a formula would be singular are not corrected.
     """
 
     k: int = 1
     clock: str | Clock = "sigma"
     linear: Linear = NOISE
     quantity: str | None = None
-    start: Literal["ramp", "rk"] = "ramp"
+    start: Literal["ramp", "rk"] = "ramp"  # type: ignore[assignment]
+    corrector: Literal["free", "pece"] | None = None
     label: str = ""
     source: str = "the multistep family, docs/solvers.md"
 
@@ -296,11 +454,17 @@ class Multistep(Solver):
             raise ValueError(f"k, the order of a multistep member, must be 1, 2, 3 or 4, but got {self.k!r}")
         object.__setattr__(self, "k", k)
         if not isinstance(self.linear, Linear):
-            raise TypeError(f"linear must be NOISE, DATA, a Gaussian or a Linear of your own, but got {self.linear!r}")
+            raise TypeError(
+                f"linear must be NOISE, DATA, a Flow, a Gaussian or a Linear of your own, but got {self.linear!r}"
+            )
         if self.start not in ("ramp", "rk"):
             raise ValueError(f'start must be "ramp" or "rk", but got {self.start!r}')
-        if self.quantity is None:
-            object.__setattr__(self, "quantity", "data" if self.linear is DATA else "noise")
+        if self.corrector not in (None, "free", "pece"):
+            raise ValueError(f'corrector must be None, "free" or "pece", but got {self.corrector!r}')
+        # The own quantity of these two has a name.
+        own = "data" if self.linear is DATA else "own" if isinstance(self.linear, Flow) else "noise"
+        if self.quantity is None or (self.quantity == "own" and self.linear in (NOISE, DATA)):
+            object.__setattr__(self, "quantity", own)
         if self.quantity not in _QUANTITIES:
             raise ValueError(f"unknown quantity {self.quantity!r}: known are {', '.join(_QUANTITIES)}")
 
@@ -308,36 +472,67 @@ class Multistep(Solver):
     def name(self) -> str:  # type: ignore[override]
         at = self.clock if isinstance(self.clock, str) else self.clock.name
         name = self.label or f"multistep{self.k}-{self.linear.name}-{self.quantity}-{at}"
+        if self.corrector and not self.label:
+            name += f"-{self.corrector}"
         return name if self.start == "ramp" else f"{name}-rk"
 
     @property
+    def full_order(self) -> int:
+        """The order once started."""
+        return self.k + (self.corrector is not None)
+
+    @property
     def order(self) -> int:  # type: ignore[override]
-        return self.k if self.start == "rk" else min(self.k, 2)
+        return self.full_order if self.start == "rk" else min(self.full_order, 2 if self.corrector is None else 3)
 
     @property
     def nfe_per_step(self) -> int:  # type: ignore[override]
-        return 1
+        return 2 if self.corrector == "pece" else 1
+
+    @property
+    def exact(self) -> str:  # type: ignore[override]
+        if self.quantity == "score":
+            return "constant score"
+        return {"noise": "constant ε", "data": "constant x̂₀"}.get(self.linear.name, f"{self.linear.name} data")
+
+    @property
+    def states(self) -> int:  # type: ignore[override]
+        return self.k + (2 if self.corrector == "free" else 0)
 
     @property
     def _starter(self) -> RungeKutta | None:
-        """The Runge–Kutta method of order k − 1 that starts an ``rk`` run; Euler's needs no other code."""
-        return {3: RungeKutta(MIDPOINT), 4: RungeKutta(KUTTA3)}.get(self.k) if self.start == "rk" else None
+        """The Runge–Kutta method, of one order less, that starts an ``rk`` run; Euler's needs no other code."""
+        if self.start == "ramp" or self.k == 1:
+            return None
+        return {3: RungeKutta(MIDPOINT), 4: RungeKutta(KUTTA3), 5: RungeKutta(RK4)}.get(self.full_order)
 
     def nfe(self, steps: int) -> int:
         starter = self._starter
-        extra = 0 if starter is None else min(steps, self.k - 1) * (starter.nfe_per_step - 1)
-        return steps + extra
+        started = 0 if starter is None else min(steps, self.k - 1)
+        calls = started * starter.nfe_per_step if starter is not None else 0
+        calls += (steps - started) * self.nfe_per_step
+        # The step to σ = 0 is not corrected where the formula is singular there.
+        singular = self.linear.singular or self.quantity in ("data", "score") or self.clock == "log"
+        return calls - (self.corrector == "pece" and singular and steps > started)
 
     def with_start(self, start: Literal["ramp", "rk"]) -> Multistep:
         """The same member with another start."""
         return replace(self, start=start)
 
     def stages(self, grid: Grid) -> Array:
-        return np.array(
-            [s for step in self.plan(grid) for s in (step.sigmas if isinstance(step, _Stages) else (step.sigma,))]
-        )
+        asked: list[float] = []
+        for n, step in enumerate(self.plan(grid)):
+            if isinstance(step, _Stages):
+                asked += step.sigmas
+            elif isinstance(step, _Corrected):
+                asked.append(step.predict.sigma)
+                if self.corrector == "pece" and step.correct is not None:
+                    asked.append(float(grid.sigmas[n + 1]))
+            else:
+                asked.append(step.sigma)
+        return np.array(asked)
 
-    def plan(self, grid: Grid) -> tuple[_Step | _Stages, ...]:
+    def plan(self, grid: Grid) -> tuple[Weights | _Corrected | _Stages, ...]:
         """Propagators and weights of every step of `grid`, as float64 numbers."""
         return _plan(self, grid)
 
@@ -345,82 +540,137 @@ class Multistep(Solver):
         self.linear.check(x_bar)
         plan = self.plan(grid)
         if self.linear.directed:
-            place = partial(self.linear.place, like=x_bar)
-            plan = tuple(
-                step
-                if isinstance(step, _Stages) or step.propagator is None or step.weights is None
-                else _Step(step.sigma, place(step.propagator), tuple(map(place, step.weights)))
-                for step in plan
-            )
+            plan = tuple(_placed(step, self.linear, x_bar) for step in plan)
         return _State(plan, ())
 
     def step(self, field: Field, x_bar: Tensor, n: int, state: _State) -> tuple[Tensor, _State, Tensor | None]:
-        plan, history = state
+        plan, history, anchor = state
         step = plan[n]
         if isinstance(step, _Stages):
             moved, eps = run_stages(field, x_bar, step)
             z = self.linear.stored(x_bar, eps, step.sigmas[0])
-            return moved, _State(plan, (z, *history)[: self.k - 1]), None
-        sigma, propagator, weights = step
-        if weights is None:
+            return moved, _State(plan, (z, *history)[: self.k]), None
+        predict, correct = step if isinstance(step, _Corrected) else (step, None)
+        if predict.weights is None:
             return x_bar, state, None
-        eps = field(x_bar, sigma)
-        z = self.linear.stored(x_bar, eps, sigma)
-        history = (z, *history)
-        if propagator is None:
-            moved = x_bar.add(eps, alpha=weights[0])
+        eps = field(x_bar, predict.sigma)
+        history = (self.linear.stored(x_bar, eps, predict.sigma), *history)
+        if correct is not None and anchor is not None:
+            x_bar = self._advance(anchor, correct, history)
+        if predict.propagator is None:
+            moved = x_bar.add(eps, alpha=predict.weights[0])
         else:
-            moved = self.linear.advance(x_bar, propagator, weights, history[: len(weights)])
-        return moved, _State(plan, history[: self.k - 1]), None
+            moved = self._advance(x_bar, predict, history)
+        if self.corrector is None:
+            return moved, _State(plan, history[: self.k - 1]), None
+        if self.corrector == "free":
+            return moved, _State(plan, history[: self.k], x_bar), None
+        if correct is not None:
+            z = self.linear.stored(moved, field(moved, correct.sigma), correct.sigma)
+            moved = self._advance(x_bar, correct, (z, *history))
+        return moved, _State(plan, history[: self.k]), None
+
+    def _advance(self, x_bar: Tensor, step: Weights, history: tuple[Tensor, ...]) -> Tensor:
+        assert step.weights is not None
+        return self.linear.advance(x_bar, step.propagator, step.weights, history[: len(step.weights)])
 
 
-@lru_cache(maxsize=64)
-def _plan(member: Multistep, grid: Grid) -> tuple[_Step | _Stages, ...]:
-    sigmas = grid.sigmas
-    if member.linear.singular and member.quantity != "data" and sigmas.min() == 0.0:
-        raise ValueError(
-            f"{member.name} cannot touch sigma = 0: the rest of eq. 14 without its {member.linear.name} part, as "
-            f'{member.quantity!r}, is infinite there and no polynomial follows it; use quantity="data", or a grid that stays above 0'
-        )
-    u = clock(member.clock, grid.schedule)
+def _placed(step: Any, linear: Linear, like: Tensor) -> Any:
+    """The step with its arrays over directions as tensors."""
+    if isinstance(step, _Corrected):
+        return _Corrected(*(_placed(part, linear, like) for part in step))
+    if not isinstance(step, Weights) or step.propagator is None or step.weights is None:
+        return step
+    place = partial(linear.place, like=like)
+    return Weights(step.sigma, place(step.propagator), tuple(map(place, step.weights)))
+
+
+class _Over(NamedTuple):
+    """What the weights of one step need: where it goes, and the quadrature on the way."""
+
+    sigma: float
+    to: float
+    tick_to: float
+    s: Array
+    clocks: Array
+
+
+def over(u: Clock, sigma: float, to: float) -> _Over:
+    """The step from `sigma` to `to` in the clock `u`."""
+    s = sigma * _REST + to * _X
     with np.errstate(divide="ignore"):
-        ticks = np.asarray(u.u(sigmas), dtype=np.float64)
+        return _Over(sigma, float(to), float(u.u(np.array(to))), s, np.asarray(u.u(s), dtype=np.float64))
+
+
+def ticks_of(u: Clock, grid: Grid) -> Array:
+    """The clock at the nodes of the grid.
+
+    Raises
+    ------
+    ValueError
+        If it is not strictly monotone there.
+    """
+    with np.errstate(divide="ignore"):
+        ticks = np.asarray(u.u(grid.sigmas), dtype=np.float64)
     moves = np.diff(ticks[np.isfinite(ticks)])
     if np.isnan(ticks).any() or not (np.all(moves > 0.0) or np.all(moves < 0.0)):
         raise ValueError(f"clock {u.name!r} is not strictly monotone over the grid {grid!r}")
+    return ticks
+
+
+@lru_cache(maxsize=64)
+def _plan(member: Multistep, grid: Grid) -> tuple[Weights | _Corrected | _Stages, ...]:
+    sigmas = grid.sigmas
+    linear, quantity = member.linear, str(member.quantity)
+    if linear.singular and quantity != "data" and sigmas.min() == 0.0:
+        raise ValueError(
+            f"a grid for {member.name} cannot touch sigma = 0: what it interpolates, quantity="
+            f'{quantity!r}, is infinite there and no polynomial follows it; use quantity="data", or a grid that stays above 0'
+        )
+    u = clock(member.clock, grid.schedule)
+    ticks = ticks_of(u, grid)
     # All quadrature nodes at once: a clock may be costly to read (t inverts a spline).
     nodes = sigmas[:-1, None] * _REST + sigmas[1:, None] * _X
     with np.errstate(divide="ignore"):
-        clocks = np.asarray(u.u(nodes), dtype=np.float64) if member.k > 1 else nodes
+        clocks = np.asarray(u.u(nodes), dtype=np.float64) if member.full_order > 1 else nodes
     starter = member._starter
     started = () if starter is None else starter.plan(grid)
-    out: list[_Step | _Stages] = []
+    steps = [
+        _Over(*map(float, (sigmas[n], sigmas[n + 1], ticks[n + 1])), nodes[n], clocks[n]) for n in range(grid.steps)
+    ]
+    out: list[Weights | _Corrected | _Stages] = []
     for n in range(grid.steps):
         if n < min(member.k - 1, len(started)):
             out.append(started[n])
             continue
         past = [n - j for j in range(min(member.k, n + 1))]
-        out.append(
-            _weigh(member, sigmas[past], ticks[past], float(sigmas[n + 1]), float(ticks[n + 1]), nodes[n], clocks[n])
-        )
+        predict = weigh(linear, quantity, steps[n], sigmas[past], ticks[past])
+        if member.corrector is None:
+            out.append(predict)
+            continue
+        # The step to be corrected: the one before, once its end is evaluated, or this one. Runge–Kutta's need none.
+        m = n - 1 if member.corrector == "free" else n
+        correct = None
+        if m == n or (m >= 0 and not isinstance(out[m], _Stages)):
+            through = [m + 1 - j for j in range(min(member.k + 1, m + 2))]
+            correct = _correct(linear, quantity, steps[m], sigmas[through], ticks[through])
+        out.append(_Corrected(predict, correct))
     return tuple(out)
 
 
-def _weigh(member: Multistep, sigmas: Array, ticks: Array, to: float, tick_to: float, s: Array, clocks: Array) -> _Step:
-    """P and the weights on the stored z of the step from sigmas[0] to `to`.
+def weigh(linear: Linear, quantity: str, over: _Over, sigmas: Array, ticks: Array) -> Weights:
+    """P and the weights on the stored z at `sigmas` (with their `ticks`), newest first, of the step `over`.
 
-    `sigmas` and `ticks` are the past nodes, newest first; `s` and `clocks` are the quadrature's.
+    The step's own beginning is among them; what lies at σ = 0 is as docs/solvers.md says.
     """
-    linear, quantity = member.linear, str(member.quantity)
-    sigma = float(sigmas[0])
-    euler = _Step(sigma, None, (to - sigma,))
+    sigma, to, tick_to, _, _ = over
+    newest = float(sigmas[0])
+    euler = Weights(newest, None, (to - sigma,))
     if sigma == 0.0 and quantity == "score":
-        return _Step(sigma, None, None)
+        return Weights(newest, None, None)
     if sigma == 0.0 and (linear.singular or quantity == "data"):
         return euler
-    # At σ = 0 the stored z says nothing of y where h/g is infinite.
-    blind = quantity == "score" or (linear.singular and quantity == "noise")
-    usable = np.isfinite(ticks) & ((sigmas > 0.0) | (not blind))
+    usable = _usable(linear, quantity, sigmas, ticks)
     # The polynomial runs through the unbroken newest stretch; an infinite clock at either end leaves one point.
     count = 1 if not (usable[0] and np.isfinite(tick_to)) else int(np.argmin(usable)) or usable.size
     if to == 0.0 and (linear.singular or quantity == "data"):
@@ -428,17 +678,42 @@ def _weigh(member: Multistep, sigmas: Array, ticks: Array, to: float, tick_to: f
             return euler
         # P → 0 and the kernel becomes a delta at σ = 0: x̄ is the polynomial's own value there.
         values = _lagrange(ticks[:count], np.array(tick_to)) if count > 1 else np.ones(1)
-        return _Step(sigma, 0.0, tuple(map(float, values)))
-    basis = _lagrange(ticks[:count], clocks) if count > 1 else np.ones((1, s.size))
-    g = _QUANTITIES[quantity]
-    kernel = linear.propagator(s, to)
-    factor = (to - sigma) * _WEIGHTS * g(s) * basis
-    integrals = np.tensordot(factor, kernel, axes=(1, 0))
+        return Weights(newest, 0.0, tuple(map(float, values)))
+    return _integrate(linear, quantity, over, sigmas[:count], ticks[:count])
+
+
+def _correct(linear: Linear, quantity: str, over: _Over, sigmas: Array, ticks: Array) -> Weights | None:
+    """The weights of the step `over` with its end, ``sigmas[0]``, among the nodes; None where they would be singular."""
+    singular = linear.singular or quantity in ("data", "score")
+    if singular and min(over.sigma, over.to) == 0.0:
+        return None
+    usable = _usable(linear, quantity, sigmas, ticks)
+    if not usable[:2].all():
+        return None
+    count = int(np.argmin(usable)) or usable.size
+    return _integrate(linear, quantity, over, sigmas[:count], ticks[:count])
+
+
+def _usable(linear: Linear, quantity: str, sigmas: Array, ticks: Array) -> NDArray[np.bool_]:
+    """Which stored z say something of y: not those at σ = 0 where h/g is infinite, nor where the clock is."""
+    blind = quantity == "score" or (linear.singular and quantity == "noise")
+    return np.isfinite(ticks) & ((sigmas > 0.0) | (not blind))
+
+
+def _integrate(linear: Linear, quantity: str, over: _Over, sigmas: Array, ticks: Array) -> Weights:
+    """The formula itself: the integral of each cardinal polynomial against the kernel."""
+    sigma, to, _, s, clocks = over
+    basis = _lagrange(ticks, clocks) if sigmas.size > 1 else np.ones((1, s.size))
+    g = partial(_QUANTITIES[quantity], linear)
+    kernel, scale = linear.propagator(s, to), g(s)
+    kernel = kernel * scale.reshape(scale.shape + (1,) * (kernel.ndim - scale.ndim))
+    integrals = np.tensordot((to - sigma) * _WEIGHTS * basis, kernel, axes=(1, 0))
     # y = h z / g at each past node. At σ = 0: x̂₀ is z itself under DATA, and vanishes from x̂₀ − x̄ under the others.
-    at_zero = 0.0 if quantity == "data" and not linear.singular else 1.0
-    turn = [linear.h(x) / float(g(np.array(x))) if x > 0.0 else at_zero for x in sigmas[:count].tolist()]
-    weights = [integrals[j] * turn[j] for j in range(count)]
+    zero = 0.0 if quantity == "data" and not linear.singular else 1.0
+    infinite = quantity in ("data", "score")
+    turn = [zero if infinite and x == 0.0 else linear.h(x) / g(np.array(x)) for x in sigmas.tolist()]
+    weights = [integral * t for integral, t in zip(integrals, turn, strict=True)]
     propagator = linear.propagator(np.array(sigma), to)
     if linear.directed:
-        return _Step(sigma, propagator, tuple(weights))
-    return _Step(sigma, float(propagator), tuple(map(float, weights)))
+        return Weights(float(sigmas[0]), propagator, tuple(weights))
+    return Weights(float(sigmas[0]), float(propagator), tuple(map(float, weights)))
