@@ -28,9 +28,10 @@ from ddim_ode.solvers import (
 )
 
 __all__ = [
-    "DATA", "NOISE", "Clock", "Dense", "EpsilonField", "Flow", "Gaussian", "Grid", "Ipndm", "LatentWarning", "Linear",
-    "ModelWarning", "Multistep", "NoiseSchedule", "Outcome", "Report", "RoundTrip", "RungeKutta", "SingleStep", "Solution",
-    "Solver", "Status", "Step", "Tableau", "check", "decode", "encode", "fit_gaussian", "grids", "integrate", "interpolate", "load", "noise", "round_trip", "sample", "slerp", "solvers",
+    "DATA", "NOISE", "Clock", "Dense", "EpsilonField", "Flow", "Gaussian", "Grid", "Ipndm", "LatentWarning",
+    "Linear", "ModelWarning", "Multistep", "NoiseSchedule", "Outcome", "Report", "RoundTrip", "RungeKutta",
+    "SingleStep", "Solution", "Solver", "Status", "Step", "Tableau", "check", "decode", "encode", "fit_gaussian",
+    "grids", "integrate", "interpolate", "load", "noise", "round_trip", "sample", "slerp", "solvers",
 ]  # fmt: skip
 
 __version__ = "0.1.0"

@@ -194,8 +194,8 @@ class Solver(ABC):
             If it does not pay for one.
         """
         nfe = whole(nfe, "nfe", 0)
-        # A start may cost more than its share, never less: no more than this many steps, and seldom fewer by much.
-        steps = nfe // self.nfe_per_step
+        # A start may cost more than its share, and the step to σ = 0 less: seldom fewer steps by much, and one more at most.
+        steps = nfe // self.nfe_per_step + (nfe > 0)
         while steps > 0 and self.nfe(steps) > nfe:
             steps -= 1
         if steps == 0:

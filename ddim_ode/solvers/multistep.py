@@ -443,7 +443,7 @@ class Multistep(Solver):
     clock: str | Clock = "sigma"
     linear: Linear = NOISE
     quantity: str | None = None
-    start: Literal["ramp", "rk"] = "ramp"  # type: ignore[assignment]
+    start: Literal["ramp", "rk"] = "ramp"
     corrector: Literal["free", "pece"] | None = None
     label: str = ""
     source: str = "the multistep family, docs/solvers.md"
@@ -636,7 +636,8 @@ def _plan(member: Multistep, grid: Grid) -> tuple[Weights | _Corrected | _Stages
     starter = member._starter
     started = () if starter is None else starter.plan(grid)
     steps = [
-        _Over(*map(float, (sigmas[n], sigmas[n + 1], ticks[n + 1])), nodes[n], clocks[n]) for n in range(grid.steps)
+        _Over(float(sigmas[n]), float(sigmas[n + 1]), float(ticks[n + 1]), nodes[n], clocks[n])
+        for n in range(grid.steps)
     ]
     out: list[Weights | _Corrected | _Stages] = []
     for n in range(grid.steps):

@@ -66,9 +66,13 @@ class SingleStep(Solver):
             )
         for i, row in enumerate(self.through):
             if not row or len(set(row)) < len(row) or not all(0 <= j <= i for j in row):
-                raise ValueError(f"single-step method {self.label}: row {i} of `through` must name evaluations 0 to {i}")
+                raise ValueError(
+                    f"single-step method {self.label}: row {i} of `through` must name evaluations 0 to {i}"
+                )
         if self.linear.directed:
-            raise ValueError(f"single-step method {self.label}: a linear part that differs by direction is not supported")
+            raise ValueError(
+                f"single-step method {self.label}: a linear part that differs by direction is not supported"
+            )
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -124,7 +128,7 @@ def _plan(method: SingleStep, grid: Grid) -> tuple[tuple[_Stage, ...], ...]:
     u = clock(method.clock, grid.schedule)
     ticks = ticks_of(u, grid)
     quantity = "data" if method.linear is DATA else "own"
-    out = []
+    out: list[tuple[_Stage, ...]] = []
     for n in range(grid.steps):
         sigma, to = float(grid.sigmas[n]), float(grid.sigmas[n + 1])
         if not np.isfinite(ticks[n : n + 2]).all():
@@ -145,7 +149,9 @@ def _plan(method: SingleStep, grid: Grid) -> tuple[tuple[_Stage, ...], ...]:
 
 _DPM = "DPM-Solver, Lu et al. 2022"
 DPM2S = SingleStep("dpm2s", 2, (0.0, 1 / 2), ((0,), (1,)), source=f"{_DPM}, Algorithm 1 (DPM-Solver-2)")
-DPM3S = SingleStep("dpm3s", 3, (0.0, 1 / 3, 2 / 3), ((0,), (0, 1), (0, 2)), source=f"{_DPM}, Algorithm 2 (DPM-Solver-3)")
+DPM3S = SingleStep(
+    "dpm3s", 3, (0.0, 1 / 3, 2 / 3), ((0,), (0, 1), (0, 2)), source=f"{_DPM}, Algorithm 2 (DPM-Solver-3)"
+)
 DPMPP2S = SingleStep(
     "dpmpp2s", 2, (0.0, 1 / 2), ((0,), (1,)), DATA, source="DPM-Solver++, Lu et al. 2022, Algorithm 1 (2S)"
 )
