@@ -8,7 +8,8 @@ Mixtures of larger images are fitted once, to the training images, and kept in `
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,17 @@ import torch
 from torch import Tensor
 
 import ddim_ode
-from ddim_ode import EpsilonField, NoiseSchedule
+from ddim_ode import EpsilonField, Grid, NoiseSchedule
 from ddim_ode.comparison import reference
 from ddim_ode.datasets import dataset
 from ddim_ode.files import output_folder, replacing
-from ddim_ode.models.analytic import MixtureEpsilon
+from ddim_ode.models.analytic import EmpiricalEpsilon, GaussianEpsilon, MixtureEpsilon
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPONENTS = 10
 #: Problems that are mixtures of a data set's images, and which.
 MIXTURES = {"fashion": "fashion-mnist", "mnist": "mnist", "cifar": "cifar10-16"}
-#: All problems: mixtures, and the two bundled networks.
+#: Problems to compare on: mixtures, and the two bundled networks.
 PROBLEMS = ("digits", *MIXTURES, "network", "network-cifar10")
 
 
@@ -45,19 +46,45 @@ class Problem:
         The data they lead to, (B, \*d): encoding these must give the latents back.
     difference : float
         How far `exact` can be trusted: see :class:`ddim_ode.comparison.Reference`.
+    end : float
+        The noise level where `exact` lies: 0, but for a finite data set. All its trajectories end in data points, so that
+        at 0 an error would only tell which.
     """
 
     field: EpsilonField
     latent: Tensor
     exact: Tensor
     difference: float
+    end: float = 0.0
+
+    def grid(self, rule: str, steps: int, **options: float) -> Grid:
+        """The grid of a rule, bent so that it ends at `end`: σ² becomes σ² + end² (1 − σ²/σ_T²)."""
+        grid = Grid.make(rule, self.field.schedule, steps, **options)
+        if self.end == 0.0:
+            return grid
+        bent = grid.sigmas**2 + self.end**2 * (1.0 - (grid.sigmas / grid.sigmas[0]) ** 2)
+        return Grid(np.sqrt(bent), grid.schedule, grid.name)
+
+
+def _digits() -> Tensor:
+    """The 1,797 digits (8 × 8) of scikit-learn, in [−1, 1]."""
+    from sklearn.datasets import load_digits
+
+    return torch.from_numpy(load_digits().data / 8.0 - 1.0)
+
+
+def _digits_gaussian() -> GaussianEpsilon:
+    digits = _digits()
+    return GaussianEpsilon(digits.mean(0).reshape(1, 8, 8), torch.cov(digits.T, correction=0) + 1e-3 * torch.eye(64))
+
+
+def _exact(eps: Any) -> EpsilonField:
+    return EpsilonField.from_sigma(eps, NoiseSchedule.linear(), shape=eps.shape)
 
 
 def digits_mixture() -> MixtureEpsilon:
-    """Ten full-covariance Gaussians fitted to the 1,797 digits (8 × 8) of scikit-learn."""
-    from sklearn.datasets import load_digits
-
-    fitted = _em(load_digits().data / 8.0 - 1.0, floor=1e-3)
+    """Ten full-covariance Gaussians fitted to the digits."""
+    fitted = _em(_digits().numpy(), floor=1e-3)
     means = torch.from_numpy(fitted.means_).reshape(COMPONENTS, 1, 8, 8)
     return MixtureEpsilon(torch.from_numpy(fitted.weights_), means, torch.from_numpy(fitted.covariances_))
 
@@ -122,7 +149,10 @@ def _em(data: np.ndarray, floor: float) -> Any:
 
 
 def problem(name: str, samples: int, seed: int, *, nfe: int = 400) -> Problem:
-    """A problem by name, from :data:`PROBLEMS`.
+    """A problem by name: one of :data:`PROBLEMS`, ``gaussian`` or ``empirical``.
+
+    ``gaussian`` is the Gaussian of the digits, whose solution is a formula; ``empirical`` the digits themselves as a finite
+    data set, down to σ = 0.3.
 
     Parameters
     ----------
@@ -135,11 +165,23 @@ def problem(name: str, samples: int, seed: int, *, nfe: int = 400) -> Problem:
     nfe : int
         Calls each of the two reference solutions spends.
     """
+    if name == "gaussian":
+        gaussian = _digits_gaussian()
+        field, latent = _exact(gaussian), ddim_ode.noise(gaussian.shape, samples, seed)
+        end = field.schedule.sigma_max
+        return Problem(field, latent, gaussian.solution(latent * math.sqrt(1.0 + end * end), end, 0.0), 0.0)
+    if name == "empirical":
+        field = _exact(EmpiricalEpsilon(_digits().reshape(-1, 1, 8, 8)))
+        task = Problem(field, ddim_ode.noise((1, 8, 8), samples, seed), torch.empty(0), 0.0, end=0.3)
+        runs = [
+            ddim_ode.sample(field, task.latent, solver=solver, grid=task.grid("asinh", nfe, c=c)).x_bar
+            for solver, c in (("ab4-rk", 0.05), ("arctan4-rk", 0.2))
+        ]
+        return replace(task, exact=runs[0], difference=float((runs[0] - runs[1]).square().mean().sqrt()))
     if name.startswith("network"):
         field = ddim_ode.load({"network": "fashion-mnist", "network-cifar10": "cifar10"}[name])
     else:
-        exact = digits_mixture() if name == "digits" else image_mixture(MIXTURES[name])
-        field = EpsilonField.from_sigma(exact, NoiseSchedule.linear(), shape=exact.shape)
+        field = _exact(digits_mixture() if name == "digits" else image_mixture(MIXTURES[name]))
     assert field.shape is not None
     latent = ddim_ode.noise(field.shape, samples, seed)
     found = reference(field, latent, nfe=nfe)

@@ -16,12 +16,12 @@ from torch import Tensor
 from ddim_ode.data import to_uint8
 from ddim_ode.files import replacing
 
-__all__ = ["error_figure", "round_trip_figure", "save_figure", "sheet_figure"]
+__all__ = ["STYLE", "error_figure", "round_trip_figure", "save_figure", "sheet_figure"]
 
 _MARKERS = "osD^vP*X<>hd"
 
-# One look for every figure; a colour map with more than ten distinct entries.
-_STYLE: dict[Any, Any] = {
+#: One look for every figure; a colour map with more than ten distinct entries.
+STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "axes.grid": True,
     "grid.alpha": 0.3,
@@ -56,7 +56,7 @@ def round_trip_figure(record: dict[str, Any]) -> Figure:
 
 def sheet_figure(rows: Sequence[tuple[str, Sequence[Tensor]]], columns: Sequence[str], title: str) -> Figure:
     """Labelled rows of image strips: one strip a column, each of images (n, C, H, W) in [−1, 1]."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         strips = [[_strip(to_uint8(cell)) for cell in cells] for _, cells in rows]
         height, width = strips[0][0].shape[:2]
         wide = 1.9 * max(1.0, width / height / 4.0)
@@ -93,7 +93,7 @@ def _on(record: dict[str, Any]) -> str:
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Axes]:
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes = figure.subplots()
     axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
@@ -103,7 +103,7 @@ def _axes(x: str, y: str) -> tuple[Figure, Axes]:
 def _lines(axes: Axes, rows: list[dict[str, Any]], x: str, y: str) -> None:
     names = list(dict.fromkeys(row["solver"] for row in rows))
     colours = matplotlib.colormaps["tab20" if len(names) > 10 else "tab10"]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for i, name in enumerate(names):
             points = [row for row in rows if row["solver"] == name and row[x]]
             values = [np.nan if row[y] is None else row[y] for row in points]
