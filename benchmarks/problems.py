@@ -148,5 +148,7 @@ def problem(name: str, samples: int, seed: int, *, nfe: int = 400) -> Problem:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Fit the mixture of a data set's images.")
-    parser.add_argument("data", nargs="?", default="fashion-mnist", choices=("fashion-mnist", "mnist", "cifar10", "cifar10-16"))
+    parser.add_argument(
+        "data", nargs="?", default="fashion-mnist", choices=("fashion-mnist", "mnist", "cifar10", "cifar10-16")
+    )
     image_mixture(parser.parse_args().data)
