@@ -100,8 +100,11 @@ def k_diffusion(schedule: NoiseSchedule) -> Iterator[Setting]:
         grids[f"vp eps_s={last:g}"] = partial(
             s.get_sigmas_vp, beta_d=2.0 * (math.log1p(high**2) - 0.1), beta_min=0.1, eps_s=last
         )
+    # A grid is a plain tensor to its samplers: it may as well end at sigma_min, where a step to 0 would be too long.
+    rules = [(rule, grid) for rule, grid in grids.items() if rule.endswith(("sigma_min=0.01", "sigma_min=0.02"))]
+    grids |= {f"{rule}, no 0": lambda n, grid=grid: grid(n + 1)[:-1] for rule, grid in rules}  # type: ignore[misc]
     still: dict[str, Any] = {"eta": 0.0, "noise_sampler": lambda *_: 0.0}
-    once, twice = (lambda n: n), (lambda n: 2 * n - 1)
+    once, twice = (lambda n: n), (lambda n: 2 * n - 1)  # the last step of the latter, to 0, is Euler's
     samplers: dict[tuple[str, str], tuple[Callable[..., Tensor], Callable[[int], int], dict[str, Any]]] = {
         ("euler", ""): (s.sample_euler, once, {}),
         ("heun", ""): (s.sample_heun, twice, {}),
@@ -129,6 +132,8 @@ def k_diffusion(schedule: NoiseSchedule) -> Iterator[Setting]:
         budget: int,
     ) -> Tensor:
         sigmas = grid(steps_for(calls, budget))
+        if sigmas[-1] > 0.0 and calls(2) == 3:
+            sigmas = grid(steps_for(lambda n: 2 * n, budget))
         return sampler(model(task), task.start(sigmas[0]), sigmas, disable=True, **options)
 
     for (name, told), (sampler, calls, options) in samplers.items():
@@ -151,7 +156,13 @@ def k_diffusion(schedule: NoiseSchedule) -> Iterator[Setting]:
                 return task.denoised(x, low) if finish else x
         raise ValueError(f"no tolerance up to 100 fits {budget} calls")
 
-    for low, finish in ((1e-3, False), (schedule.sigma_min, True), (0.03, True)):
+    for low, finish in (
+        (1e-3, False),
+        (schedule.sigma_min, False),
+        (0.02, False),
+        (schedule.sigma_min, True),
+        (0.03, True),
+    ):
         end = f"sigma_min={low:.2g}{' denoised' if finish else ''}"
         yield Setting("k-diffusion", "dpm_fast", end, partial(fast, low, finish))
         for order, h_init in itertools.product((2, 3), (0.05, 1.0)):
@@ -222,7 +233,9 @@ def azula(schedule: NoiseSchedule) -> Iterator[Setting]:
     ]
     multistep = ("zABSampler", "vABSampler", "zEABSampler", "xEABSampler", "REABSampler")
     samplers += [(name, {"order": k}) for name in multistep for k in (2, 3, 4)]
-    ends = ((1e-6, False), (1e-3, False), (3e-3, False), (schedule.sigma_min, True), (0.03, True), (0.1, True))
+    # Where it ends is worth much: what noise is left costs less than a last step that is too long.
+    ends = [(low, False) for low in (1e-6, 1e-3, 3e-3, schedule.sigma_min, 0.015, 0.02, 0.03)]
+    ends += [(low, True) for low in (schedule.sigma_min, 0.03, 0.1)]
     for low, finish in ends:
         # alpha_min such that sigma/alpha at time 1 is this model's sigma_T.
         preserving = {"alpha_min": math.sqrt((1.0 + low**2) / (1.0 + top**2)), "sigma_min": low}
@@ -232,7 +245,7 @@ def azula(schedule: NoiseSchedule) -> Iterator[Setting]:
             "VPSchedule": a.VPSchedule(**preserving),
             "CosineSchedule": a.CosineSchedule(**preserving),
             "RectifiedSchedule": a.RectifiedSchedule(**straight),
-            **{f"DecaySchedule gamma={g:g}": a.DecaySchedule(gamma=g, **straight) for g in (0.5, 0.2, 0.1, 0.03, 0.01)},
+            **{f"DecaySchedule gamma={g:g}": a.DecaySchedule(gamma=g, **straight) for g in (0.8, 0.5, 0.2, 0.1, 0.03)},
             "model's own schedule": Own(low),
         }
         for (name, options), (at, nodes) in itertools.product(samplers, schedules.items()):

@@ -119,6 +119,7 @@ _SPACINGS: list[Options] = [
 _RULES: list[Options] = [{f"use_{rule}_sigmas": True} for rule in ("karras", "exponential", "beta")]
 _CUSTOM: list[Options] = [{"@timesteps": "quadratic"}, {"@timesteps": "rectified"}, {"@timesteps": "asinh"}]
 _NODES = ("quadratic", "rectified", "asinh", "karras", "log")
+_FLOORS = ("rectified to 0.01", "rectified to 0.02", "rectified to 0.03")
 _ENDS: list[Options] = [
     {"final_sigmas_type": "zero"},
     {"final_sigmas_type": "sigma_min"},
@@ -169,9 +170,13 @@ def _competing(schedule: NoiseSchedule) -> Iterator[tuple[str, Options]]:
         "UniPCMultistepScheduler": [
             _product(
                 _either("predict_x0", True, False), _either("solver_type", "bh1", "bh2"), _either("solver_order", 2, 3), lower,
-                _either("disable_corrector", [], [0]), _ENDS[:2],
-                _SPACINGS + _RULES + [{"use_flow_sigmas": True, "@sigmas": nodes} for nodes in ("rectified", "asinh", "quadratic")],
-            )
+                _either("disable_corrector", [], [0]), _ENDS[:2], _SPACINGS + _RULES,
+            ),
+            _product(
+                _either("predict_x0", True, False), _either("solver_type", "bh1", "bh2"),
+                _either("solver_order", 1, 2, 3, 4), lower, _either("disable_corrector", [], [0]),
+                [{"use_flow_sigmas": True, "@sigmas": nodes} for nodes in ("rectified", "asinh", "quadratic")],
+            ),
         ],
         "SASolverScheduler": [
             _product(
@@ -181,7 +186,7 @@ def _competing(schedule: NoiseSchedule) -> Iterator[tuple[str, Options]]:
         ],
         "EulerDiscreteScheduler": [
             _product(_ENDS[:2], _SPACINGS + _RULES + [{"use_karras_sigmas": True, "timestep_spacing": "trailing"}]),
-            _product(_either("@sigmas", *_NODES)),
+            _product(_either("@sigmas", *_NODES, *_FLOORS)),
         ],
         "HeunDiscreteScheduler": [_product(_SPACINGS + _RULES + _CUSTOM)],
         "KDPM2DiscreteScheduler": [_product(_SPACINGS + _RULES)],
@@ -196,7 +201,7 @@ def _competing(schedule: NoiseSchedule) -> Iterator[tuple[str, Options]]:
         "TCDScheduler": [
             _product([{"@step": {"eta": 0.0}}], [{"original_inference_steps": 50}, {"original_inference_steps": 1000}, *_CUSTOM])
         ],
-        "IPNDMScheduler": [_product([{}, *_either("@trained_betas", *_NODES)])],
+        "IPNDMScheduler": [_product([{}, *_either("@trained_betas", *_NODES, *_FLOORS)])],
         "EDMEulerScheduler": [_product(_edm(schedule))],
         "EDMDPMSolverMultistepScheduler": [_product(_ORDERS, lower, _edm(schedule))],
     }  # fmt: skip
@@ -207,16 +212,22 @@ def _competing(schedule: NoiseSchedule) -> Iterator[tuple[str, Options]]:
 
 def _edm(schedule: NoiseSchedule) -> list[Options]:
     kinds = [{"sigma_schedule": "karras", "rho": rho} for rho in (3.0, 5.0, 7.0)] + [{"sigma_schedule": "exponential"}]
-    ends = [{"sigma_min": low, "sigma_max": schedule.sigma_max} for low in (schedule.sigma_min, 0.02, 0.05, 0.1)]
+    ends: list[Options] = [
+        {"sigma_min": low, "sigma_max": schedule.sigma_max} for low in (schedule.sigma_min, 0.02, 0.05, 0.1)
+    ]
+    ends += [
+        {"sigma_min": low, "sigma_max": schedule.sigma_max, "final_sigmas_type": "sigma_min"} for low in (0.02, 0.03)
+    ]
     return list(_product(kinds, ends))
 
 
 # -- how it is run ------------------------------------------------------------------------------
 def _nodes(rule: str, schedule: NoiseSchedule, steps: int) -> np.ndarray:
-    """σ_T down to 0, `steps` + 1 of them; "rectified" is even in σ/(1 + σ)."""
-    if rule != "rectified":
+    """σ_T down to 0, `steps` + 1 of them; "rectified" is even in σ/(1 + σ), down to 0 or what it says."""
+    if not rule.startswith("rectified"):
         return Grid.make(rule, schedule, steps).sigmas
-    u = schedule.sigma_max / (1.0 + schedule.sigma_max) * np.arange(steps, -1.0, -1.0) / steps
+    low = float(rule.partition(" to ")[2] or 0.0)
+    u = np.linspace(schedule.sigma_max / (1.0 + schedule.sigma_max), low / (1.0 + low), steps + 1)
     return u / (1.0 - u)
 
 
