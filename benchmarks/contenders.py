@@ -7,9 +7,9 @@ above σ = 0, one more call may take it there by x̄ − σ ε(x̄, σ): such se
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -68,9 +68,9 @@ class Setting:
 
 
 def steps_for(calls: Callable[[int], int], budget: int, least: int = 1) -> int:
-    """The most steps that `budget` calls pay for, where `calls(steps)` says what they take."""
-    found = max((n for n in range(least, budget + 1) if calls(n) <= budget), default=0)
-    if not found:
+    """The most steps that `budget` calls pay for, where `calls(steps)`, which rises, says what they take."""
+    found = least - 1 + bisect_right(range(least, budget + 1), budget, key=calls)
+    if found < least:
         raise ValueError(f"{budget} calls do not pay for a run")
     return found
 
@@ -83,7 +83,7 @@ def k_diffusion(schedule: NoiseSchedule) -> Iterator[Setting]:
     """
     package = released.k_diffusion()
     s, high = package.sampling, schedule.sigma_max
-    grids: dict[str, Callable[[int], Tensor]] = {}
+    grids: dict[str, Callable[..., Tensor]] = {}
     table = torch.from_numpy(schedule.sigma(np.arange(1.0, schedule.T + 1.0))).float()
     grids["model's own"] = package.external.DiscreteSchedule(table, quantize=False).get_sigmas
     for low in (schedule.sigma_min, 0.02, 0.05, 0.1):
@@ -102,22 +102,22 @@ def k_diffusion(schedule: NoiseSchedule) -> Iterator[Setting]:
         )
     # A grid is a plain tensor to its samplers: it may as well end at sigma_min, where a step to 0 would be too long.
     rules = [(rule, grid) for rule, grid in grids.items() if rule.endswith(("sigma_min=0.01", "sigma_min=0.02"))]
-    grids |= {f"{rule}, no 0": lambda n, grid=grid: grid(n + 1)[:-1] for rule, grid in rules}  # type: ignore[misc]
+    grids |= {f"{rule}, no 0": lambda n, grid=grid: grid(n + 1)[:-1] for rule, grid in rules}
     still: dict[str, Any] = {"eta": 0.0, "noise_sampler": lambda *_: 0.0}
-    once, twice = (lambda n: n), (lambda n: 2 * n - 1)  # the last step of the latter, to 0, is Euler's
-    samplers: dict[tuple[str, str], tuple[Callable[..., Tensor], Callable[[int], int], dict[str, Any]]] = {
-        ("euler", ""): (s.sample_euler, once, {}),
-        ("heun", ""): (s.sample_heun, twice, {}),
-        ("dpm_2", ""): (s.sample_dpm_2, twice, {}),
-        **{("lms", f"order={k} "): (s.sample_lms, once, {"order": k}) for k in (2, 3, 4)},
-        ("dpmpp_2m", ""): (s.sample_dpmpp_2m, once, {}),
-        ("dpmpp_2s_ancestral", "eta=0 "): (s.sample_dpmpp_2s_ancestral, twice, still),
-        ("dpmpp_sde", "eta=0 "): (s.sample_dpmpp_sde, twice, still),
+    # By what tells settings apart: the function, its calls a step, and its options.
+    samplers: dict[tuple[str, str], tuple[Callable[..., Tensor], int, dict[str, Any]]] = {
+        ("euler", ""): (s.sample_euler, 1, {}),
+        ("heun", ""): (s.sample_heun, 2, {}),
+        ("dpm_2", ""): (s.sample_dpm_2, 2, {}),
+        **{("lms", f"order={k} "): (s.sample_lms, 1, {"order": k}) for k in (2, 3, 4)},
+        ("dpmpp_2m", ""): (s.sample_dpmpp_2m, 1, {}),
+        ("dpmpp_2s_ancestral", "eta=0 "): (s.sample_dpmpp_2s_ancestral, 2, still),
+        ("dpmpp_sde", "eta=0 "): (s.sample_dpmpp_sde, 2, still),
         **{
-            ("dpmpp_2m_sde", f"eta=0 {kind} "): (s.sample_dpmpp_2m_sde, once, still | {"solver_type": kind})
+            ("dpmpp_2m_sde", f"eta=0 {kind} "): (s.sample_dpmpp_2m_sde, 1, still | {"solver_type": kind})
             for kind in ("midpoint", "heun")
         },
-        ("dpmpp_3m_sde", "eta=0 "): (s.sample_dpmpp_3m_sde, once, still),
+        ("dpmpp_3m_sde", "eta=0 "): (s.sample_dpmpp_3m_sde, 1, still),
     }
 
     def model(task: Task) -> Callable[[Tensor, Tensor], Tensor]:
@@ -125,20 +125,20 @@ def k_diffusion(schedule: NoiseSchedule) -> Iterator[Setting]:
 
     def on_grid(
         sampler: Callable[..., Tensor],
-        calls: Callable[[int], int],
+        each: int,
         options: dict[str, Any],
         grid: Callable[[int], Tensor],
         task: Task,
         budget: int,
     ) -> Tensor:
-        sigmas = grid(steps_for(calls, budget))
-        if sigmas[-1] > 0.0 and calls(2) == 3:
-            sigmas = grid(steps_for(lambda n: 2 * n, budget))
+        # The last step of those that take two calls is Euler's where it leads to 0.
+        saved = each - 1 if float(grid(2)[-1]) == 0.0 else 0
+        sigmas = grid(steps_for(lambda n: each * n - saved, budget))
         return sampler(model(task), task.start(sigmas[0]), sigmas, disable=True, **options)
 
-    for (name, told), (sampler, calls, options) in samplers.items():
+    for (name, told), (sampler, each, options) in samplers.items():
         for rule, grid in grids.items():
-            yield Setting("k-diffusion", name, told + rule, partial(on_grid, sampler, calls, options, grid))
+            yield Setting("k-diffusion", name, told + rule, partial(on_grid, sampler, each, options, grid))
 
     def fast(low: float, finish: bool, task: Task, budget: int) -> Tensor:
         x = s.sample_dpm_fast(model(task), task.start(high), low, high, budget - finish, disable=True, **still)
@@ -146,15 +146,22 @@ def k_diffusion(schedule: NoiseSchedule) -> Iterator[Setting]:
 
     def adaptive(low: float, finish: bool, order: int, h_init: float, task: Task, budget: int) -> Tensor:
         """The smallest tolerance whose run fits the budget, to a sixth of a decade."""
-        for exponent in np.arange(-4.0, 2.0, 1.0 / 6.0).tolist():
-            task.calls, rtol = 0, 10.0**exponent
-            with contextlib.suppress(_TooMany):
-                x = s.sample_dpm_adaptive(
+        found, tolerances = None, np.logspace(-4.0, 2.0, 37).tolist()
+        while tolerances:
+            middle = len(tolerances) // 2
+            task.calls, rtol = 0, tolerances[middle]
+            try:
+                found = s.sample_dpm_adaptive(
                     _capped(model(task), task, budget - finish), task.start(high), low, high, disable=True,
                     order=order, rtol=rtol, atol=0.156 * rtol, h_init=h_init, **still,
-                )  # fmt: skip
-                return task.denoised(x, low) if finish else x
-        raise ValueError(f"no tolerance up to 100 fits {budget} calls")
+                ), task.calls  # fmt: skip
+                tolerances = tolerances[:middle]
+            except _TooMany:
+                tolerances = tolerances[middle + 1 :]
+        if found is None:
+            raise ValueError(f"no tolerance up to 100 fits {budget} calls")
+        x, task.calls = found  # what the search spent is not counted
+        return task.denoised(x, low) if finish else x
 
     for low, finish in (
         (1e-3, False),
