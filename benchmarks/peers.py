@@ -327,26 +327,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--figures-only", action="store_true", help="draw the figure and the tables from the record")
     options = parser.parse_args(argv)
     path = output_folder(options.out) / "peers.json"
-    record: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    if not options.figures_only:
-        torch.set_num_threads(1)
-        known: dict[str, Any] = record.get("problems", {})
-        for name in options.problems:
-            known[name] = study(name, options.seed, known)
-            record = {
-                "study": "peers",
-                **circumstances(),
-                "peers": versions(),
-                "budgets": BUDGETS,
-                "targets": TARGETS,
-                "left_out": _left_out(),
-                "problems": {n: known[n] for n in PROBLEMS if n in known},
-            }
-            write_json(path, record)
-            print(_summary(name, known[name]), flush=True)
-        # From the file, as --figures-only does: what is drawn is what was recorded.
-        record = json.loads(path.read_text("utf-8"))
-    show(record)
+    torch.set_num_threads(1)
+    for name in () if options.figures_only else options.problems:
+        found = study(name, options.seed, _recorded(path))
+        # Read again: another run may have recorded its problems in the meantime.
+        known = _recorded(path) | {name: found}
+        record = {
+            "study": "peers",
+            **circumstances(),
+            "peers": versions(),
+            "budgets": BUDGETS,
+            "targets": TARGETS,
+            "left_out": _left_out(),
+            "problems": {n: known[n] for n in PROBLEMS if n in known},
+        }
+        write_json(path, record)
+        print(_summary(name, found), flush=True)
+    # From the file, after a run as with --figures-only: what is drawn is what was recorded.
+    show(json.loads(path.read_text("utf-8")))
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """The problems of a record, if there is one."""
+    return json.loads(path.read_text("utf-8"))["problems"] if path.exists() else {}
 
 
 def _summary(name: str, found: dict[str, Any]) -> str:

@@ -1,7 +1,9 @@
 """Fields of other libraries' wrappers, against those libraries' own code on the same network; and the study beside them."""
 
+import json
 import math
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -222,3 +224,13 @@ def test_a_missing_package_or_data_set_is_a_row(digits, monkeypatch):
     assert "azula" in peers.contest("azula", digits, lambda *_: True)["missing"]
     monkeypatch.setattr(peers, "problem", missing)
     assert "azula" in peers.study("digits", 0, {})["missing"]
+
+
+def test_the_page_shows_the_record():
+    root = Path(peers.__file__).resolve().parents[1]
+    record = json.loads((root / "benchmarks/results/peers.json").read_text("utf-8"))
+    assert peers.table(record) in (root / "docs/peers.md").read_text("utf-8")
+    titles = [axes.get_title() for axes in peers.figure(record).axes]
+    assert [title.split(",")[0] for title in titles if title] == [
+        n for n, p in record["problems"].items() if "missing" not in p
+    ]
