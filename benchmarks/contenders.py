@@ -268,8 +268,9 @@ def torchdiffeq(schedule: NoiseSchedule) -> Iterator[Setting]:
 
     methods: list[tuple[str, dict[str, Any]]] = [
         *((name, {}) for name in ("euler", "midpoint", "heun2", "heun3", "rk4")),
-        *(("explicit_adams", {"max_order": k}) for k in (2, 3, 4)),
-        *(("implicit_adams", {"max_order": k}) for k in (2, 3, 4)),
+        # Below order 4 both take Runge–Kutta steps, whatever they are asked for.
+        *(("explicit_adams", {"max_order": k}) for k in (4, 5, 6)),
+        *(("implicit_adams", {"max_order": k}) for k in (4, 5, 6)),
     ]
     grids: list[tuple[str, dict[str, float]]] = [
         ("quadratic", {}), ("log", {}), ("asinh", {}), ("asinh", {"c": 0.05}),
@@ -295,16 +296,9 @@ def torchdiffeq(schedule: NoiseSchedule) -> Iterator[Setting]:
         return count
 
     def on(
-        method: str,
-        options: dict[str, Any],
-        grid: str,
-        rule: dict[str, float],
-        steps: int,
-        share: float,
-        task: Task,
-        budget: int,
+        method: str, options: dict[str, Any], grid: str, rule: dict[str, float], share: float, task: Task, budget: int
     ) -> Tensor:
-        n = steps or steps_for(lambda n: calls(method, options.get("max_order"), n), budget)
+        n = steps_for(lambda n: calls(method, options.get("max_order"), n), budget)
         nodes = Grid.make(grid, schedule, max(1, int(n * share)), **rule)
         return solve(task.eps, task.start(schedule.sigma_max), nodes, method, options)
 
@@ -313,7 +307,7 @@ def torchdiffeq(schedule: NoiseSchedule) -> Iterator[Setting]:
         for share in (1.0, 0.75, 0.5, 0.25) if method == "implicit_adams" else (1.0,):
             told = "".join(f"{k}={v:g} " for k, v in (options | rule).items())
             told += f"grid={grid}{f' share of the steps={share:g}' if share < 1.0 else ''}"
-            yield Setting("torchdiffeq", method, told, partial(on, method, options, grid, rule, 0, share))
+            yield Setting("torchdiffeq", method, told, partial(on, method, options, grid, rule, share))
 
 
 def _diffusers(schedule: NoiseSchedule) -> Iterator[Setting]:

@@ -270,7 +270,7 @@ def _run(name: str, options: Options, task: Task, budget: int) -> Tensor:
         scheduler.scale_model_input(x, t)  # some refuse to step without; what it returns, the model here does not need
         sigma = level(i)
         x_bar = x / scale(sigma)
-        eps = task.eps(x_bar, min(sigma, schedule.sigma_max))
+        eps = task.eps(x_bar, sigma)
         x = scheduler.step(output(eps, x_bar, i), t, x, **before, **options.get("@step", {}), return_dict=False)[0]
     if options.get("@denoised"):
         sigma = level(len(scheduler.timesteps))
