@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint bench bench-defaults bench-network bench-network-cifar10 bench-throughput bench-training train \
+.PHONY: demo test test-slow lint bench bench-defaults bench-network bench-network-cifar10 bench-peers bench-throughput bench-training train \
         train-cifar10 clean
 
 demo: .venv/base                    ## compare solvers on the bundled network: a table, figures and JSON in out/demo
@@ -29,6 +29,9 @@ bench-throughput: .venv/dev         ## images per second of training and samplin
 
 bench-defaults: .venv/dev           ## which solver and grid are the defaults, and their gain over DDIM: half an hour
 	$(BIN)/python -m benchmarks.defaults
+
+bench-peers: .venv/peers            ## accuracy per call beside every peer at its best settings: three quarters of an hour
+	$(BIN)/python -m benchmarks.peers
 
 bench-network: .venv/dev            ## the bundled network's loss beside the mixture's: about half an hour
 	$(BIN)/python -m benchmarks.network_loss

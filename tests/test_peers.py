@@ -1,7 +1,9 @@
-"""Fields of other libraries' wrappers, against those libraries' own code on the same network."""
+"""Fields of other libraries' wrappers, against those libraries' own code on the same network; and the study beside them."""
 
+import json
 import math
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ import torch
 from torch import nn
 
 import ddim_ode
-from benchmarks import peers
+from benchmarks import contenders, peers, released
+from benchmarks.problems import problem
 from ddim_ode import EpsilonField, NoiseSchedule
 from ddim_ode.models.unet import UNet
 from ddim_ode.solvers import get
@@ -51,7 +54,7 @@ def of_azula(denoiser, schedule):
 @pytest.mark.parametrize("name", ["VPSchedule", "VESchedule", "CosineSchedule", "RectifiedSchedule", "DecaySchedule"])
 @pytest.mark.parametrize("kind", ["KarrasDenoiser", "SimpleDenoiser"])
 def test_azulas_denoisers_and_ddim(name, kind):
-    azula = peers.azula()
+    azula = released.azula()
     schedule = getattr(azula.noise, name)()
     denoiser = getattr(azula.denoise, kind)(Backbone(1000.0 if kind == "SimpleDenoiser" else 100.0), schedule).eval()
     field = of_azula(denoiser, schedule)
@@ -80,7 +83,7 @@ def test_azulas_denoisers_and_ddim(name, kind):
 @pytest.mark.skipif(find_spec("k_diffusion") is None, reason="needs k-diffusion: make .venv/peers")
 @pytest.mark.parametrize("kind", ["DiscreteEpsDDPMDenoiser", "DiscreteVDDPMDenoiser"])
 def test_k_diffusions_wrappers_and_samplers(kind):
-    k_diffusion = peers.k_diffusion()
+    k_diffusion = released.k_diffusion()
     network, schedule = Backbone().eval(), NoiseSchedule.linear()
     table = torch.tensor(schedule.alphas_cumprod).float()
     wrapper = getattr(k_diffusion.external, kind)(network, table, quantize=False)
@@ -110,3 +113,124 @@ def test_k_diffusions_wrappers_and_samplers(kind):
             ours = ddim_ode.integrate(wrapped, X.double() * nodes[0], nodes.tolist(), solver).x
         scale = float(theirs.abs().max())
         torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=1e-4)
+
+
+# -- the study of accuracy per call -----------------------------------------------------------------
+#: A setting of each kind of adapter, and the most its error may be at `calls` calls; the first order ones converge slowly.
+CONVERGING = [
+    ("diffusers", "DDIMScheduler: timestep_spacing=trailing set_alpha_to_one=True", 500, 4e-3),
+    ("diffusers", "EulerDiscreteScheduler: final_sigmas_type=zero use_karras_sigmas=True", 500, 4e-3),
+    ("diffusers", "HeunDiscreteScheduler: timesteps=asinh", 300, 2e-3),
+    ("diffusers", "KDPM2DiscreteScheduler: use_karras_sigmas=True", 400, 2e-3),
+    ("diffusers", "LMSDiscreteScheduler: step={'order': 4} use_karras_sigmas=True", 200, 2e-3),
+    ("diffusers", "PNDMScheduler: skip_prk_steps=True timestep_spacing=trailing set_alpha_to_one=True", 251, 8e-3),
+    ("diffusers", "TCDScheduler: step={'eta': 0.0} original_inference_steps=1000", 500, 8e-3),
+    ("diffusers", "IPNDMScheduler: trained_betas=quadratic", 300, 2e-3),
+    ("diffusers", "EDMEulerScheduler: sigma_schedule=karras rho=3 sigma_min=0.01 sigma_max=157.4", 500, 8e-3),
+    (
+        "diffusers",
+        "DPMSolverSinglestepScheduler: algorithm_type=dpmsolver++ solver_order=2 solver_type=midpoint lower_order_final=True "
+        "final_sigmas_type=zero use_karras_sigmas=True",
+        300,
+        2e-3,
+    ),
+    (
+        "diffusers",
+        "DPMSolverMultistepScheduler: algorithm_type=dpmsolver++ solver_order=3 solver_type=midpoint lower_order_final=True "
+        "final_sigmas_type=zero use_flow_sigmas=True flow_shift=0.1576",
+        300,
+        2e-3,
+    ),
+    (
+        "diffusers",
+        "DEISMultistepScheduler: solver_order=3 lower_order_final=True denoised=True use_flow_sigmas=True",
+        300,
+        2e-3,
+    ),
+    (
+        "diffusers",
+        "UniPCMultistepScheduler: predict_x0=True solver_type=bh2 solver_order=2 lower_order_final=True disable_corrector=[] "
+        "final_sigmas_type=zero use_karras_sigmas=True",
+        300,
+        2e-3,
+    ),
+    ("k-diffusion", "lms: order=3 karras rho=5 sigma_min=0.01", 200, 2e-3),
+    ("k-diffusion", "dpmpp_3m_sde: eta=0 karras rho=7 sigma_min=0.01", 300, 2e-3),
+    ("k-diffusion", "heun: vp eps_s=0.001", 300, 2e-3),
+    ("k-diffusion", "dpm_fast: sigma_min=0.01 denoised", 300, 2e-3),
+    ("k-diffusion", "dpm_adaptive: order=3 h_init=0.05 sigma_min=0.01 denoised, tolerance to fit", 300, 4e-3),
+    ("azula", "DDIMSampler: eta=0 VPSchedule sigma_min=0.001", 500, 8e-3),
+    ("azula", "HeunSampler: RectifiedSchedule sigma_min=0.001", 300, 2e-3),
+    ("azula", "vABSampler: order=3 RectifiedSchedule sigma_min=0.001", 200, 1e-3),
+    ("azula", "zABSampler: order=3 model's own schedule sigma_min=0.001", 300, 2e-3),
+    ("azula", "xEABSampler: order=3 VESchedule sigma_min=0.01 denoised", 300, 2e-3),
+    ("torchdiffeq", "rk4: c=0.05 grid=asinh", 300, 1e-3),
+    ("torchdiffeq", "heun3: rho=5 grid=karras", 300, 1e-3),
+]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return problem("digits", 3, 5, nfe=300)
+
+
+@pytest.mark.parametrize(("package", "name", "calls", "most"), CONVERGING)
+def test_settings_of_peers_converge(digits, package, name, calls, most):
+    """Coordinates, σ, starts and ends of each adapter: with many calls its samples are the reference's."""
+    try:
+        settings = {s.name.removeprefix(f"{package}/"): s for s in contenders.PACKAGES[package](digits.field.schedule)}
+    except ImportError as error:
+        pytest.skip(f"needs {package}: {error}")
+    setting = settings.get(name) or next(s for told, s in settings.items() if told.startswith(name))
+    found = peers.measure(setting.run, contenders.Task(digits.field, digits.latent), digits.exact, calls)
+    assert found.get("failed") is None
+    assert 0 < found["calls"] <= calls
+    assert found["rms"] < most
+
+
+def test_every_scheduler_of_diffusers_competes_or_is_left_out_with_a_reason():
+    pytest.importorskip("diffusers")
+    from benchmarks import contenders_diffusers
+
+    assert not [name for name, why in contenders_diffusers.left_out().items() if why.startswith("not looked at")]
+
+
+def test_what_a_peer_refuses_or_overspends_is_a_row(digits):
+    task = contenders.Task(digits.field, digits.latent)
+
+    def refuses(task, budget):
+        raise NotImplementedError("no such order")
+
+    def overspends(task, budget):
+        for _ in range(budget + 1):
+            x = task.eps(task.latent, 1.0)
+        return x
+
+    for run, why in (
+        (refuses, "no such order"),
+        (overspends, "more calls"),
+        (lambda *_: torch.full_like(task.latent, math.nan), "finite"),
+    ):
+        found = peers.measure(run, task, digits.exact, 5)
+        assert math.isnan(found["rms"])
+        assert why in found["failed"]
+
+
+def test_a_missing_package_or_data_set_is_a_row(digits, monkeypatch):
+    def missing(*_):
+        raise ModuleNotFoundError("No module named 'azula'")
+
+    monkeypatch.setitem(contenders.PACKAGES, "azula", missing)
+    assert "azula" in peers.contest("azula", digits, lambda *_: True)["missing"]
+    monkeypatch.setattr(peers, "problem", missing)
+    assert "azula" in peers.study("digits", 0, {})["missing"]
+
+
+def test_the_page_shows_the_record():
+    root = Path(peers.__file__).resolve().parents[1]
+    record = json.loads((root / "benchmarks/results/peers.json").read_text("utf-8"))
+    assert peers.table(record) in (root / "docs/peers.md").read_text("utf-8")
+    titles = [axes.get_title() for axes in peers.figure(record).axes]
+    assert [title.split(",")[0] for title in titles if title] == [
+        n for n, p in record["problems"].items() if "missing" not in p
+    ]
