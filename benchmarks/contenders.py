@@ -55,12 +55,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to sample: ``run(task, budget)`` gives data, or raises where the budget does not pay for it."""
+    """One way to sample: ``run(task, budget)`` gives data, or raises where the budget does not pay for it.
+
+    `custom` settings walk nodes that no option of the package makes: they were worked out here and handed to it.
+    """
 
     package: str
     sampler: str
     options: str
     run: Callable[[Task, int], Tensor]
+    custom: bool = False
 
     @property
     def name(self) -> str:
@@ -138,7 +142,8 @@ def k_diffusion(schedule: NoiseSchedule) -> Iterator[Setting]:
 
     for (name, told), (sampler, each, options) in samplers.items():
         for rule, grid in grids.items():
-            yield Setting("k-diffusion", name, told + rule, partial(on_grid, sampler, each, options, grid))
+            run = partial(on_grid, sampler, each, options, grid)
+            yield Setting("k-diffusion", name, told + rule, run, custom=rule.endswith("no 0"))
 
     def fast(low: float, finish: bool, task: Task, budget: int) -> Tensor:
         x = s.sample_dpm_fast(model(task), task.start(high), low, high, budget - finish, disable=True, **still)
@@ -258,7 +263,8 @@ def azula(schedule: NoiseSchedule) -> Iterator[Setting]:
         for (name, options), (at, nodes) in itertools.product(samplers, schedules.items()):
             told = "".join(f"{k}={v:g} " for k, v in options.items())
             told += f"{at} sigma_min={low:.2g}{' denoised' if finish else ''}"
-            yield Setting("azula", name, told, partial(on, nodes, getattr(package.sample, name), options, finish))
+            run = partial(on, nodes, getattr(package.sample, name), options, finish)
+            yield Setting("azula", name, told, run, custom=at == "model's own schedule")
 
 
 # -- torchdiffeq --------------------------------------------------------------------------------

@@ -102,7 +102,8 @@ def settings(schedule: NoiseSchedule) -> Iterator[Setting]:
     diffusers.utils.logging.set_verbosity_error()
     for name, options in _competing(schedule):
         told = " ".join(f"{k.removeprefix('@')}={_short(v)}" for k, v in options.items()) or "as it comes"
-        yield Setting("diffusers", name, told, partial(_run, name, options))
+        custom = not options.keys().isdisjoint(("@timesteps", "@sigmas", "@trained_betas"))
+        yield Setting("diffusers", name, told, partial(_run, name, options), custom)
 
 
 def _short(value: Any) -> str:

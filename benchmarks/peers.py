@@ -113,17 +113,23 @@ def contest(package: str, task: Problem, chosen: Callable[[str, int], bool]) -> 
         if "failed" in row:
             failed[f"{setting.sampler}: {row['failed']}"] += 1
         else:
-            rows[budget].append({"sampler": setting.sampler, "setting": setting.options} | row)
+            own = {"custom": True} if setting.custom else {}
+            rows[budget].append({"sampler": setting.sampler, "setting": setting.options} | own | row)
     for found in rows.values():
         found.sort(key=lambda row: row["rms"])
     return {
         "settings": len(settings),
         "runs": len(todo),
-        "best": [found[0] if found else {"nfe": budget} | _NOTHING for budget, found in rows.items()],
+        "best": [_best(budget, [row for row in found if "custom" not in row]) for budget, found in rows.items()],
+        "best_custom": [_best(budget, found) for budget, found in rows.items()],
         "samplers": [row for found in rows.values() for row in _first_of_each(found, 1)],
         "close": {str(budget): _close(found) for budget, found in rows.items()},
         "failed": dict(failed),
     }
+
+
+def _best(budget: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return rows[0] if rows else {"nfe": budget} | _NOTHING
 
 
 _NOTHING: dict[str, Any] = dict.fromkeys(("sampler", "setting", "calls")) | dict.fromkeys(
@@ -195,25 +201,23 @@ def study(name: str, seed: int, done: dict[str, Any]) -> dict[str, Any]:
 
 
 def ratios(name: str, own: list[dict[str, Any]], packages: dict[str, Any]) -> list[dict[str, Any]]:
-    """Our default's error over the best peer's, by budget."""
+    """Our default's error over the best peer's, by budget: at its own options, and with nodes of ours as well."""
     targets = TARGETS[_sort(name)]
     rows: list[dict[str, Any]] = []
     for budget in BUDGETS:
         default = next(row["rms"] for row in own if row["solver"] == "default" and row["nfe"] == budget)
-        errors = {
-            package: row["rms"]
-            for package, found in packages.items()
-            for row in found.get("best", ())
-            if row["nfe"] == budget and math.isfinite(row["rms"])
-        }
-        if not errors:
-            rows.append({"nfe": budget, "peer": None, "ratio": math.nan, "target": targets[budget], "met": None})
-            continue
-        peer = min(errors, key=lambda package: errors[package])
-        ratio = default / errors[peer]
-        rows.append(
-            {"nfe": budget, "peer": peer, "ratio": ratio, "target": targets[budget], "met": ratio <= targets[budget]}
-        )
+        row: dict[str, Any] = {"nfe": budget, "target": targets[budget]}
+        for kind, end in (("best", ""), ("best_custom", "_custom")):
+            errors = {
+                package: best["rms"]
+                for package, found in packages.items()
+                for best in found.get(kind, ())
+                if best["nfe"] == budget and math.isfinite(best["rms"])
+            }
+            peer = min(errors, key=lambda package: errors[package]) if errors else None
+            ratio = math.nan if peer is None else default / errors[peer]
+            row |= {f"peer{end}": peer, f"ratio{end}": ratio}
+        rows.append(row | {"met": None if row["peer"] is None else row["ratio"] <= targets[budget]})
     return rows
 
 
@@ -254,12 +258,16 @@ def figure(record: dict[str, Any]) -> Figure:
 def table(record: dict[str, Any]) -> str:
     """The record as Markdown: errors by problem and budget, and the settings behind each best."""
     names = list(PACKAGES)
-    lines = ["| problem | calls | default | " + " | ".join(names) + " | default / best peer | target |"]
-    lines.append("|---" * (len(names) + 5) + "|")
+    lines = [
+        "| problem | calls | default | "
+        + " | ".join(names)
+        + " | default / best peer | target | with nodes handed to it |"
+    ]
+    lines.append("|---" * (len(names) + 6) + "|")
     settings = ["", "| problem | calls | package | sampler | setting |", "|---|---|---|---|---|"]
     for name, found in record["problems"].items():
         if "missing" in found:
-            lines.append(f"| {name} | | not run: {found['missing']} |" + " |" * (len(names) + 2))
+            lines.append(f"| {name} | | not run: {found['missing']} |" + " |" * (len(names) + 3))
             continue
         for ratio in found["ratios"]:
             budget = ratio["nfe"]
@@ -270,12 +278,16 @@ def table(record: dict[str, Any]) -> str:
                 if "missing" in result:
                     cells.append(result["missing"])
                     continue
-                best = next(row for row in result["best"] if row["nfe"] == budget)
+                best, any_ = (next(row for row in result[k] if row["nfe"] == budget) for k in ("best", "best_custom"))
                 cells.append(_cell(best["rms"]))
-                if best["sampler"]:
-                    settings.append(f"| {name} | {budget} | {package} | {best['sampler']} | {best['setting']} |")
+                for row in (best, any_) if any_ != best else (best,):
+                    if row["sampler"]:
+                        told = f"{row['setting']}, nodes handed to it" if row.get("custom") else row["setting"]
+                        settings.append(f"| {name} | {budget} | {package} | {row['sampler']} | {told} |")
             missed = "" if ratio["met"] else " (missed)"
+            other = ratio["ratio_custom"]
             cells += ["–" if ratio["ratio"] is None else f"{ratio['ratio']:.2f}{missed}", f"{ratio['target']:g}"]
+            cells.append("–" if other is None else f"{other:.2f} ({ratio['peer_custom']})")
             lines.append(f"| {name} | {budget} | " + " | ".join(cells) + " |")
     return "\n".join(lines + settings)
 

@@ -27,6 +27,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from ddim_ode.solvers.adaptive import Adaptive
+from ddim_ode.solvers.references import Scipy, TorchDiffEq
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -39,13 +41,20 @@ from ddim_ode.metrics import rms
 from ddim_ode.plotting import STYLE, save_figure
 from ddim_ode.sampling import DEFAULTS
 from ddim_ode.solvers import get
-from ddim_ode.solvers.adaptive import Adaptive
-from ddim_ode.solvers.references import Scipy, TorchDiffEq
 from ddim_ode.solvers.runge_kutta import EES25
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Latents a problem.
-SAMPLES = {"gaussian": 32, "digits": 32, "empirical": 16, "fashion": 4, "mnist": 4, "cifar": 4, "network": 4, "network-cifar10": 2}
+SAMPLES = {
+    "gaussian": 32,
+    "digits": 32,
+    "empirical": 16,
+    "fashion": 4,
+    "mnist": 4,
+    "cifar": 4,
+    "network": 4,
+    "network-cifar10": 2,
+}
 BUDGETS = (5, 7, 10, 14, 20, 30, 50, 100, 200)
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-8)
 #: Networks work in float32, whose rounding is the floor of what can be measured.
@@ -145,7 +154,14 @@ def draw(record: dict[str, Any], against: str) -> Figure:
                 errors = [math.nan if row["rms"] is None else row["rms"] for row in rows]
                 wide = {"linewidth": 2.2, "zorder": 5} if solver == "default" else {"linewidth": 1.1}
                 panel.plot(
-                    [row[against] for row in rows], errors, line, color=colour, marker=marker, markersize=4, label=solver, **wide
+                    [row[against] for row in rows],
+                    errors,
+                    line,
+                    color=colour,
+                    marker=marker,
+                    markersize=4,
+                    label=solver,
+                    **wide,
                 )
             panel.set(xscale="log", yscale="log", title=name)
             floor = max(part["reference_difference"], 1e-12)
@@ -155,7 +171,9 @@ def draw(record: dict[str, Any], against: str) -> Figure:
                 panel.set_xlim(4.0, 450.0)
                 panel.set_xticks([5, 10, 20, 50, 100, 200], ["5", "10", "20", "50", "100", "200"])
                 panel.minorticks_off()
-        figure.supxlabel("model calls a sample" if against == "calls" else "seconds of one thread, whole batch", fontsize=9)
+        figure.supxlabel(
+            "model calls a sample" if against == "calls" else "seconds of one thread, whole batch", fontsize=9
+        )
         figure.supylabel("RMS error at the end", fontsize=9)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
@@ -191,5 +209,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-
-
