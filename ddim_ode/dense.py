@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Dense"]
+__all__ = ["Dense", "onto_ends"]
 
 Array = NDArray[np.float64]
 
@@ -53,8 +53,8 @@ class Dense:
 
     def __call__(self, sigma: float) -> Tensor:
         r"""x̄ at `sigma`, (B, \*d)."""
-        sigma = float(sigma)
         low, high = self.range
+        sigma = float(onto_ends(np.float64(sigma), low, high))
         if not low <= sigma <= high:
             raise ValueError(f"sigma = {sigma:.10g} lies outside the run, which covers {low:.10g} to {high:.10g}")
         at = np.flatnonzero(self.sigmas == sigma)
@@ -99,3 +99,9 @@ class Dense:
             bend = float(np.sum(several[others] / (own - nodes[others])))
             out.append((q * (1.0 - (sigma - own) * bend), q * (sigma - own)))
         return out
+
+
+def onto_ends(sigmas: Any, low: float, high: float) -> Any:
+    """Levels that float32 has rounded past an end, on that end, as a grid takes σ_T; all others as they are."""
+    inside = np.clip(sigmas, low, high)
+    return np.where(np.abs(sigmas - inside) <= 1e-6 * inside, inside, sigmas)
