@@ -363,8 +363,10 @@ def interpolate(field: EpsilonField, a: Tensor, b: Tensor, n: int = 8, **options
     check_state(field, b, "b")
     if a.shape != b.shape:
         raise ValueError(f"a and b must have one shape, but have {tuple(a.shape)} and {tuple(b.shape)}")
-    path = torch.stack([slerp(a.double(), b.double(), i / (n - 1)) for i in range(n)], dim=1)
-    return sample(field, path.flatten(0, 1), **options)
+    wanted = bool(options.get("gradients") or options.get("checkpoint"))
+    with torch.set_grad_enabled(wanted):
+        path = torch.stack([slerp(a.double(), b.double(), i / (n - 1)) for i in range(n)], dim=1).flatten(0, 1)
+    return sample(field, path, **options)
 
 
 # -- what they share ----------------------------------------------------------------------------
@@ -437,9 +439,11 @@ def _in_batches(
     if batch_size is None or batch_size >= start.shape[0]:
         return integrate(field, start, grid, solver, **options)
     size = batch_size
+    with torch.set_grad_enabled(start.requires_grad):
+        starts = start.split(size)
     parts = [
         integrate(field, part, grid, solver, rows=slice(i * size, i * size + part.shape[0]), **options)
-        for i, part in enumerate(start.split(size))
+        for i, part in enumerate(starts)
     ]
     return Solution.concatenate(parts)
 
