@@ -59,11 +59,11 @@ class Dense:
             raise ValueError(f"sigma = {sigma:.10g} lies outside the run, which covers {low:.10g} to {high:.10g}")
         at = np.flatnonzero(self.sigmas == sigma)
         if at.size:
-            return self.x_bar[int(at[0])].clone()
+            return self.x_bar.select(0, int(at[0])).clone()
         chosen = self._window(sigma)
         total: Any = 0.0
         for i, (value, slope) in zip(chosen, self._weights(sigma, chosen), strict=True):
-            total = total + value * self.x_bar[i]
+            total = total + value * self.x_bar.select(0, i)
             if slope is not None:
                 total = total + slope * self.slopes[i]  # type: ignore[operator]
         return total

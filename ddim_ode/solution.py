@@ -160,7 +160,10 @@ class Solution:
         pieces = zip(self.dense, reached, strict=True)
         with _recording(*(piece.x_bar for piece in self.dense)):
             return torch.cat(
-                [piece(sigma) if there else torch.full_like(piece.x_bar[0], torch.nan) for piece, there in pieces]
+                [
+                    piece(sigma) if there else torch.full_like(piece.x_bar.select(0, 0), torch.nan)
+                    for piece, there in pieces
+                ]
             )
 
     @staticmethod
