@@ -53,17 +53,17 @@ def gradient(field: EpsilonField, latent: torch.Tensor, steps: int, way: str) ->
     return run.nfe
 
 
-def _problem(device: str) -> tuple[EpsilonField, torch.Tensor]:
+def _problem(device: str, batch: int = BATCH) -> tuple[EpsilonField, torch.Tensor]:
     field = ddim_ode.load(MODEL, device=device)
     assert field.shape is not None
-    return field, noise(field.shape, BATCH, 0).to(device).requires_grad_()
+    return field, noise(field.shape, batch, 0).to(device).requires_grad_()
 
 
 # -- memory -------------------------------------------------------------------------------------
-def peak(steps: int, way: str, device: str) -> dict[str, Any]:
+def peak(steps: int, way: str, device: str, batch: int) -> dict[str, Any]:
     """Bytes that one gradient holds at most, measured in this process."""
     torch.set_num_threads(1)
-    field, latent = _problem(device)
+    field, latent = _problem(device, batch)
     gradient(field, latent, 1, way)
     if device == "cuda":
         torch.cuda.synchronize()
@@ -85,10 +85,10 @@ def _held(what: str) -> int:
     raise OSError(f"/proc/self/status has no {what}: memory on the CPU is measured on Linux")
 
 
-def in_a_process(steps: int, way: str, device: str) -> dict[str, Any]:
+def in_a_process(steps: int, way: str, device: str, batch: int = BATCH) -> dict[str, Any]:
     """:func:`peak`, in a fresh process."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", "benchmarks.memory", "--one", json.dumps([steps, way, device])]
+    command = [sys.executable, "-m", "benchmarks.memory", "--one", json.dumps([steps, way, device, batch])]
     run = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
     return json.loads(run.stdout)
 
@@ -124,6 +124,8 @@ def measure(device: str, repeats: int) -> dict[str, Any]:
             row = {"way": way, "steps": steps, "calls": found["calls"], "megabytes": found["bytes"] / 1e6}
             rows.append(row | {"seconds": times[way]})
             print(f"{way:12}{steps:4} steps{row['megabytes']:10.1f} MB{times[way]:8.2f} s", flush=True)
+    # What does not grow with the batch: the graph's nodes and torch's list of what to compute again.
+    few, many = (in_a_process(steps, "checkpoint", device, 1)["bytes"] / 1e6 for steps in (2, 34))
     return {
         "study": "memory",
         **circumstances(field, torch.float64),
@@ -136,6 +138,7 @@ def measure(device: str, repeats: int) -> dict[str, Any]:
         "state_megabytes": latent.numel() * 8 / 1e6,
         "repeats": repeats,
         "megabytes_per_step": {way: slope(rows, way) for way in WAYS},
+        "megabytes_per_step_of_checkpoint_at_batch_1": (many - few) / 32,
         "rows": rows,
     }
 
@@ -200,6 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     draw(record, options.figures / "memory.png")
     for way, each in record["megabytes_per_step"].items():
         print(f"{way:12}{each:10.3f} MB a step; the state is {record['state_megabytes']:.3f} MB")
+    print(f"checkpoint at batch 1: {record['megabytes_per_step_of_checkpoint_at_batch_1']:.3f} MB a step")
 
 
 if __name__ == "__main__":
