@@ -11,7 +11,7 @@ that number mean the tensors. A gradient of one step goes before, so that code a
 is told to return every block of 64 KB or more to the system as soon as it is freed (``MALLOC_MMAP_THRESHOLD_``),
 where it would else keep holes that no tensor fills. The mark is ``VmHWM`` of ``/proc/self/status``, set back before
 the run: ``ru_maxrss`` starts at what the parent process held. Times are taken without these settings, the two ways in
-turn, so that a busy machine disturbs both alike.
+turn; on the CPU they are processor time of one thread, which a busy machine disturbs least.
 
 The record is ``memory.json``; the figure is drawn from it alone. It takes about five minutes on one core.
 """
@@ -97,16 +97,17 @@ def in_a_process(steps: int, way: str, device: str, batch: int = BATCH) -> dict[
 def seconds(steps: int, device: str, repeats: int) -> dict[str, float]:
     """Median seconds of each way, taken in turn."""
     field, latent = _problem(device)
+    clock = time.perf_counter if device == "cuda" else time.process_time
     found: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(repeats):
         for way, taken in found.items():
             if device == "cuda":
                 torch.cuda.synchronize()
-            began = time.perf_counter()
+            began = clock()
             gradient(field, latent, steps, way)
             if device == "cuda":
                 torch.cuda.synchronize()
-            taken.append(time.perf_counter() - began)
+            taken.append(clock() - began)
     return {way: statistics.median(taken) for way, taken in found.items()}
 
 
@@ -137,6 +138,7 @@ def measure(device: str, repeats: int) -> dict[str, Any]:
         "shape": list(latent.shape),
         "state_megabytes": latent.numel() * 8 / 1e6,
         "repeats": repeats,
+        "clock": "wall" if device == "cuda" else "process time",
         "megabytes_per_step": {way: slope(rows, way) for way in WAYS},
         "megabytes_per_step_of_checkpoint_at_batch_1": (many - few) / 32,
         "rows": rows,
@@ -159,7 +161,12 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
     figure, panels = plt.subplots(1, 2, figsize=(9.0, 3.8), layout="constrained")
     looks = {"gradients": ("#c01f3a", "o", "gradients=True"), "checkpoint": ("#1f77b4", "s", "checkpoint=True")}
-    for panel, key, label in zip(panels, ("megabytes", "seconds"), ("peak memory, MB", "time, s"), strict=True):
+    for panel, key, label in zip(
+        panels,
+        ("megabytes", "seconds"),
+        ("peak memory, MB", f"{record['clock']}, s".replace("wall", "time")),
+        strict=True,
+    ):
         for way, (colour, marker, name) in looks.items():
             mine = [row for row in record["rows"] if row["way"] == way]
             if key == "megabytes":

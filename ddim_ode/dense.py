@@ -37,8 +37,8 @@ class Dense:
     Notes
     -----
     Each piece uses the nearest nodes until they give at least ``max(4, order)`` conditions, a state and a slope counting
-    one each; a piece with c conditions leaves an error of O(h^c), no more than the solver's own. A run of too few
-    steps gives fewer.
+    one each; a piece with c conditions leaves an error of O(h^c), of no lower order than the solver's own. Wider pieces
+    would swing on few, large steps. A run of too few steps gives fewer conditions. docs/runs.md has the derivation.
     """
 
     sigmas: Array
