@@ -57,12 +57,19 @@ def truth_from_zero(problems):
 
 
 def dense_errors(problem, solver, grid, direction, levels, truth, steps=STEPS, low=LOW):
+    """Between the nodes, beyond the first few steps, for each number of steps; and at the end of each run.
+
+    A predictor–corrector's first states are Euler's predictions, mended only later: there it is of that order.
+    """
     field = EpsilonField.from_sigma(problem.eps, LINEAR)
     high = problem.high if low == LOW else problem.high_from_zero
-    start = problem.low if direction == "encoding" else high
+    start, end = (problem.low, high) if direction == "encoding" else (high, problem.low)
+    beyond = np.abs(levels - (low if direction == "encoding" else HIGH)) > 5.0 * (HIGH - low) / min(steps)
+    levels, truth = levels[beyond], truth[torch.from_numpy(beyond)]
     runs = [integrate(field, start, sigma_grid(grid, n, direction, low), solver, save_at=levels) for n in steps]
     assert not any(np.isin(levels, run.grid.sigmas).any() for run in runs)
-    return [float((run.saved - truth).square().mean().sqrt()) for run in runs]
+    rms = lambda difference: float(difference.square().mean().sqrt())
+    return [rms(run.saved - truth) for run in runs], [rms(run.x_bar - end) for run in runs]
 
 
 # The problem with a formula on all grids, and the other on the grid that is hardest to interpolate on.
@@ -71,8 +78,12 @@ def dense_errors(problem, solver, grid, direction, levels, truth, steps=STEPS, l
 @pytest.mark.parametrize("name", NAMES)
 def test_the_order_between_nodes_is_the_solvers(problems, truth, name, grid, direction, problem):
     solver = CASES[name]
-    found = measured_order(dense_errors(problems[problem], solver, grid, direction, BETWEEN, truth[problem]))
-    assert found == pytest.approx(expected_order(solver, problem), abs=0.2)
+    found = dense_errors(problems[problem], solver, grid, direction, BETWEEN, truth[problem])
+    between, at_the_end = map(measured_order, found)
+    expected = expected_order(solver, problem)
+    assert between > expected - 0.2
+    # A stated order may be a lower bound that this grid exceeds, or not be reached yet; then it is so in between.
+    assert between < expected + 0.2 or at_the_end > expected + 0.1
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -81,7 +92,7 @@ def test_the_order_holds_down_to_sigma_zero(problems, truth_from_zero, name, dir
     """For the solvers whose own order does: test_order.py, with its margin."""
     problem, solver = problems["mixture"], CASES[name]
     found = dense_errors(problem, solver, "quadratic", direction, FROM_ZERO, truth_from_zero, STEPS_TO_ZERO, 0.0)
-    assert measured_order(found) > solver.order - 0.45
+    assert measured_order(found[0]) > solver.order - 0.45
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -90,8 +101,8 @@ def test_a_straight_line_between_nodes_would_show(problems, truth, direction, mo
     window = Dense._window
     monkeypatch.setattr(Dense, "_window", lambda self, sigma: _nearest(window(self, sigma), self.sigmas, sigma))
     monkeypatch.setattr(Dense, "_weights", _straight)
-    found = measured_order(dense_errors(problems["gaussian"], "rk4", "uniform", direction, BETWEEN, truth["gaussian"]))
-    assert found == pytest.approx(2.0, abs=0.2)
+    found = dense_errors(problems["gaussian"], "rk4", "uniform", direction, BETWEEN, truth["gaussian"])
+    assert measured_order(found[0]) == pytest.approx(2.0, abs=0.2)
 
 
 def _nearest(chosen, sigmas, sigma):
