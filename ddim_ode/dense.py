@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Dense"]
+__all__ = ["Dense", "onto_ends"]
 
 Array = NDArray[np.float64]
 
@@ -37,8 +37,8 @@ class Dense:
     Notes
     -----
     Each piece uses the nearest nodes until they give at least ``max(4, order)`` conditions, a state and a slope counting
-    one each; a piece with c conditions leaves an error of O(h^c), no more than the solver's own. A run of too few
-    steps gives fewer.
+    one each; a piece with c conditions leaves an error of O(h^c), of no lower order than the solver's own. Wider pieces
+    would swing on few, large steps. A run of too few steps gives fewer conditions. docs/runs.md has the derivation.
     """
 
     sigmas: Array
@@ -53,17 +53,17 @@ class Dense:
 
     def __call__(self, sigma: float) -> Tensor:
         r"""x̄ at `sigma`, (B, \*d)."""
-        sigma = float(sigma)
         low, high = self.range
+        sigma = float(onto_ends(np.float64(sigma), low, high))
         if not low <= sigma <= high:
             raise ValueError(f"sigma = {sigma:.10g} lies outside the run, which covers {low:.10g} to {high:.10g}")
         at = np.flatnonzero(self.sigmas == sigma)
         if at.size:
-            return self.x_bar[int(at[0])].clone()
+            return self.x_bar.select(0, int(at[0])).clone()
         chosen = self._window(sigma)
         total: Any = 0.0
         for i, (value, slope) in zip(chosen, self._weights(sigma, chosen), strict=True):
-            total = total + value * self.x_bar[i]
+            total = total + value * self.x_bar.select(0, i)
             if slope is not None:
                 total = total + slope * self.slopes[i]  # type: ignore[operator]
         return total
@@ -99,3 +99,9 @@ class Dense:
             bend = float(np.sum(several[others] / (own - nodes[others])))
             out.append((q * (1.0 - (sigma - own) * bend), q * (sigma - own)))
         return out
+
+
+def onto_ends(sigmas: Any, low: float, high: float) -> Any:
+    """Levels that float32 has rounded past an end, on that end, as a grid takes σ_T; all others as they are."""
+    inside = np.clip(sigmas, low, high)
+    return np.where(np.abs(sigmas - inside) <= 1e-6 * inside, inside, sigmas)

@@ -15,6 +15,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -118,8 +119,8 @@ class EpsilonField:
     compile : bool
         Pass the model through :func:`torch.compile`.
     clip : float, optional
-        Clamp the predicted data x̂₀ = x̄ − σε to [−clip, clip], and ε with it. Sampling only: clipping cannot be undone, and
-        a field that clips does not encode.
+        Clamp the predicted data x̂₀ = x̄ − σε to [−clip, clip], and ε with it: ε + (x̂₀ − clamped)/σ. Sampling only:
+        clipping cannot be undone, and a field that clips does not encode.
     threshold : float, optional
         Dynamic thresholding (Saharia et al. 2022, Imagen): with s the quantile `threshold` of each sample's \|x̂₀\|, at least
         `clip` (1 by default), x̂₀ is clamped to [−s, s] and scaled by clip/s. Sampling only.
@@ -192,13 +193,9 @@ class EpsilonField:
         self.condition, self.null_condition = condition, null_condition
         self.guidance_scale = float(guidance_scale)
         self.autocast, self.channels_last = autocast, channels_last
-        if clip is not None and not 0.0 < clip < math.inf:
-            raise ValueError(f"clip must be a positive number, the largest value of the data, but got {clip!r}")
-        if threshold is not None and not 0.0 < threshold <= 1.0:
-            raise ValueError(f"threshold must be a quantile in (0, 1], such as 0.995, but got {threshold!r}")
         self._by_sigma = False
+        self._bound(clip, threshold)
         self._attach(model, schedule, prediction, shape, dtype)
-        self.clip, self.threshold = clip, threshold
         if channels_last and isinstance(model, nn.Module):
             for parameter in model.parameters():
                 if parameter.ndim == 4:
@@ -213,6 +210,8 @@ class EpsilonField:
         *,
         shape: tuple[int, ...] | None = None,
         dtype: torch.dtype | None = None,
+        clip: float | None = None,
+        threshold: float | None = None,
     ) -> EpsilonField:
         r"""The field of an ε known directly in (x̄, σ): an exact model or a σ-conditioned network.
 
@@ -222,7 +221,7 @@ class EpsilonField:
             ``eps(x_bar, sigma)``, x̄ (B, \*d) and σ ≥ 0 a float; it returns (B, \*d).
         schedule : NoiseSchedule
             What σ runs over.
-        shape, dtype
+        shape, dtype, clip, threshold
             As for the class.
         """
         field = cls.__new__(cls)
@@ -232,6 +231,7 @@ class EpsilonField:
         field.coordinates = "exploding"
         field.condition = field.null_condition = field.autocast = None
         field._by_sigma = True
+        field._bound(clip, threshold)
         field._attach(eps, schedule, "epsilon", shape, dtype)
         field._call = eps
         return field
@@ -301,6 +301,13 @@ class EpsilonField:
             As for the class.
         """
         return cls(velocity, schedule or NoiseSchedule.flow(), "flow", coordinates="flow", **options)
+
+    def _bound(self, clip: float | None, threshold: float | None) -> None:
+        if clip is not None and not (_is_number(clip) and 0.0 < clip < math.inf):
+            raise ValueError(f"clip must be a positive number, the largest value of the data, but got {clip!r}")
+        if threshold is not None and not (_is_number(threshold) and 0.0 < threshold <= 1.0):
+            raise ValueError(f"threshold must be a quantile in (0, 1], such as 0.995, but got {threshold!r}")
+        self.clip, self.threshold = clip, threshold
 
     def _attach(
         self,
@@ -491,12 +498,25 @@ def _clipped(evaluate: Evaluate, most: float, quantile: float | None) -> Evaluat
         if quantile is None:
             kept = data.clamp(-most, most)
         else:
-            bound = torch.quantile(data.flatten(1).abs(), quantile, dim=1).clamp(min=most)
+            bound = _quantile(data.flatten(1).abs(), quantile).clamp(min=most)
             bound = bound.reshape(-1, *(1,) * (data.ndim - 1))
             kept = torch.maximum(torch.minimum(data, bound), -bound) * (most / bound)
-        return (x_bar - kept) / sigma
+        # Not (x̄ − kept)/σ, which loses the digits of an ε that needed no clipping where σ is small.
+        return eps.add(data - kept, alpha=1.0 / sigma)
 
     return bounded
+
+
+def _quantile(x: Tensor, q: float) -> Tensor:
+    """That of each row of (B, D), by linear interpolation: torch.quantile, for half precision and any size too."""
+    place = q * (x.shape[1] - 1)
+    low = math.floor(place)
+    ranked = x.sort(dim=1).values
+    return ranked.select(1, low).lerp(ranked.select(1, math.ceil(place)), place - low)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _rows(condition: Tensor | None, rows: slice | Tensor | None, batch: int, name: str) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from ddim_ode.dense import Dense
+from ddim_ode.dense import Dense, onto_ends
 from ddim_ode.field import EpsilonField
 from ddim_ode.grid import Grid
 from ddim_ode.solution import Solution, Status, Step
@@ -55,7 +55,8 @@ def integrate(
     dtype : torch.dtype, optional
         The state's dtype; by default that of `x_bar`.
     callback : callable, optional
-        Called with a :class:`Step` after each step from node to node of the grid; if it returns True, the run stops there.
+        Called with a :class:`Step` after each step from node to node of the grid. If it returns True (Python's, numpy's, or
+        a boolean tensor of one element), the run stops there; whatever else it returns is ignored.
     progress : bool
         Show a progress bar on the error stream, if it is a terminal.
     trajectory : bool
@@ -63,12 +64,14 @@ def integrate(
     dense : bool
         Keep what :meth:`Solution.out` needs to give the state at any σ in between: states and slopes at all nodes.
     save_at : sequence of float, optional
-        Noise levels in the range of the run at which ``Solution.saved`` holds x̄, by the same dense output.
+        Noise levels in the range of the run, in any order, at which ``Solution.saved`` holds x̄, by the same dense output.
     gradients : bool
-        Let gradients flow to `x_bar` and to the model's parameters. Without it nothing is recorded.
+        Let gradients flow to `x_bar` and to the model's parameters, under ``torch.no_grad`` too. Without it nothing is
+        recorded.
     checkpoint : bool
         The same, keeping only the states between steps and computing each step again in the backward pass: the
-        network's activations of one step are held at a time, not those of all.
+        network's activations of one step are held at a time, not those of all. The recomputed calls count in
+        ``field.nfe``, not in ``Solution.nfe``.
     rows : slice or Tensor, optional
         Which rows of the field's conditions, and which samples for a callback, the batch stands for.
 
@@ -83,8 +86,8 @@ def integrate(
     ------
     ValueError
         If the grid is not strictly monotone or leaves the schedule, `x_bar` is not finite, has the wrong
-        shape, or is on another device than the network, or gradients are asked of a solver that gives none. Nothing
-        has been computed then.
+        shape, or is on another device than the network, or gradients are asked of a solver that gives none or in
+        inference mode. Nothing has been computed then.
     """
     grid = sigmas if isinstance(sigmas, Grid) else Grid.explicit(sigmas, field.schedule)
     if grid.schedule is not field.schedule and grid.schedule.config != field.schedule.config:
@@ -96,26 +99,33 @@ def integrate(
         raise ValueError(f"gradients do not flow through {method.name}, which leaves torch: use another solver")
     if checkpoint and method.adaptive:
         raise ValueError(f"checkpoint=True needs steps that are known beforehand, and {method.name} chooses its own")
+    if (gradients or checkpoint) and torch.is_inference_mode_enabled():
+        raise ValueError("gradients are never recorded in torch.inference_mode(): leave it, or use torch.no_grad()")
     if field.clips and grid.encoding:
         raise ValueError("a field that clips or thresholds the predicted data cannot encode: make one without")
     levels = None if save_at is None else _levels(save_at, grid)
     check_state(field, x_bar, "x_bar")
-    if dtype is not None:
-        x_bar = to_dtype(x_bar, dtype, float(grid.sigmas.max()))
-        check_state(field, x_bar, f"x_bar, as {dtype},")
     with torch.set_grad_enabled(gradients or checkpoint):
+        if dtype is not None:
+            x_bar = to_dtype(x_bar, dtype, float(grid.sigmas.max()))
+            check_state(field, x_bar, f"x_bar, as {dtype},")
         run = _run(
             field, x_bar, grid, method, callback, progress, trajectory, dense or levels is not None, checkpoint, rows
         )
-    if levels is None:
-        return run
-    saved = torch.stack([run.out(level) for level in levels])
+        if levels is None:
+            return run
+        saved = torch.stack([run.out(level) for level in levels])
     return replace(run, saved=saved, dense=run.dense if dense else ())
 
 
 def _levels(save_at: Sequence[float], grid: Grid) -> list[float]:
-    levels = np.asarray(save_at.detach().cpu() if isinstance(save_at, Tensor) else save_at, dtype=np.float64)
+    given = save_at.detach().to("cpu", torch.float64) if isinstance(save_at, Tensor) else save_at
+    try:
+        levels = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError):  # not numbers, or not in one row: said below
+        levels = np.empty(0)
     low, high = float(grid.sigmas.min()), float(grid.sigmas.max())
+    levels = onto_ends(levels, low, high)
     if levels.ndim != 1 or not levels.size or not np.all((levels >= low) & (levels <= high)):
         raise ValueError(f"save_at must be sigmas in the run, {low:.10g} to {high:.10g}, but got {save_at!r}")
     return levels.tolist()
@@ -173,7 +183,7 @@ def _run(
         if states is not None:
             states.append(x_bar)
             slopes.append(evaluate.slope)
-        if callback is not None and callback(Step(n, nodes[n], nodes[done], x_bar, evaluate.calls, rows)) is True:
+        if callback is not None and _stops(callback(Step(n, nodes[n], nodes[done], x_bar, evaluate.calls, rows))):
             break
 
     calls = evaluate.calls
@@ -214,6 +224,18 @@ def _run(
         None,
         outcome,
     )
+
+
+def _stops(answer: Any) -> bool:
+    """Whether a callback's answer is a plain yes: a list, a count or a bar that it hands on by the way is none."""
+    if isinstance(answer, Tensor) and answer.dtype == torch.bool:
+        if answer.numel() != 1:
+            raise ValueError(
+                f"a callback must answer for the whole batch, but returned booleans of shape {tuple(answer.shape)}: "
+                "reduce them with .all() or .any()"
+            )
+        return bool(answer)
+    return isinstance(answer, (bool, np.bool_)) and bool(answer)
 
 
 def _each_dense(

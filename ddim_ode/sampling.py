@@ -148,7 +148,8 @@ def sample(
             raise ValueError(f"n = {n} contradicts the {latent.shape[0]} latents given: leave one out")
         if nodes.sigmas[0] > 0.9 * field.schedule.sigma_max:  # further down, x is partly an image
             _warn_if_not_latent(latent)
-    start = to_dtype(latent, dtype, nodes.sigmas[0]) * math.sqrt(1.0 + nodes.sigmas[0] ** 2)
+    with torch.set_grad_enabled(gradients or checkpoint):
+        start = to_dtype(latent, dtype, nodes.sigmas[0]) * math.sqrt(1.0 + nodes.sigmas[0] ** 2)
     options: dict[str, Any] = {"callback": callback, "progress": progress, "trajectory": trajectory, "dense": dense}
     options |= {"save_at": save_at, "gradients": gradients, "checkpoint": checkpoint}
     return _in_batches(field, start, nodes, method, batch_size, options)
@@ -205,7 +206,8 @@ def encode(
     method, nodes = plan(field, "encode", solver, grid, steps, nfe)
     check_state(field, images, "images")
     _check_range(images, None if field.codec is not None else data_range)
-    start = to_dtype(images, dtype, nodes.sigmas[-1]) * math.sqrt(1.0 + nodes.sigmas[0] ** 2)
+    with torch.set_grad_enabled(gradients or checkpoint):
+        start = to_dtype(images, dtype, nodes.sigmas[-1]) * math.sqrt(1.0 + nodes.sigmas[0] ** 2)
     options: dict[str, Any] = {"callback": callback, "progress": progress, "trajectory": trajectory, "dense": dense}
     options |= {"save_at": save_at, "gradients": gradients, "checkpoint": checkpoint}
     return _in_batches(field, start, nodes, method, batch_size, options)
@@ -361,8 +363,10 @@ def interpolate(field: EpsilonField, a: Tensor, b: Tensor, n: int = 8, **options
     check_state(field, b, "b")
     if a.shape != b.shape:
         raise ValueError(f"a and b must have one shape, but have {tuple(a.shape)} and {tuple(b.shape)}")
-    path = torch.stack([slerp(a.double(), b.double(), i / (n - 1)) for i in range(n)], dim=1)
-    return sample(field, path.flatten(0, 1), **options)
+    wanted = bool(options.get("gradients") or options.get("checkpoint"))
+    with torch.set_grad_enabled(wanted):
+        path = torch.stack([slerp(a.double(), b.double(), i / (n - 1)) for i in range(n)], dim=1).flatten(0, 1)
+    return sample(field, path, **options)
 
 
 # -- what they share ----------------------------------------------------------------------------
@@ -435,9 +439,11 @@ def _in_batches(
     if batch_size is None or batch_size >= start.shape[0]:
         return integrate(field, start, grid, solver, **options)
     size = batch_size
+    with torch.set_grad_enabled(start.requires_grad):
+        starts = start.split(size)
     parts = [
         integrate(field, part, grid, solver, rows=slice(i * size, i * size + part.shape[0]), **options)
-        for i, part in enumerate(start.split(size))
+        for i, part in enumerate(starts)
     ]
     return Solution.concatenate(parts)
 
@@ -446,7 +452,7 @@ def _warn_if_not_latent(latent: Tensor) -> None:
     size = math.prod(latent.shape[1:])
     if isinstance(latent, FakeTensor) or size < 32:
         return
-    flat = latent.flatten(1).double()
+    flat = latent.detach().flatten(1).double()
     spread, largest = flat.std(dim=1), flat.abs().amax(dim=1)
     # Latents of images with flat backgrounds are narrower than a draw; a factor of two is beyond any of them, and no
     # Gaussian of this size stays within [-1, 1] as an image does.

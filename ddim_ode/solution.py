@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ddim_ode.dense import Dense
+from ddim_ode.dense import Dense, onto_ends
 from ddim_ode.grid import Grid
 
 __all__ = ["Outcome", "Solution", "Status", "Step"]
@@ -53,7 +55,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Step:
-    """What a callback sees after a step. A callback that returns True stops the run there.
+    """What a callback sees after a step. A callback that returns True stops the run of this batch there.
 
     Attributes
     ----------
@@ -93,17 +95,19 @@ class Solution:
     solver : str
         The solver's name.
     grid : Grid
-        The nodes visited.
+        The nodes to visit; a run that a callback stopped has visited the first of them.
     nfe : int
         Model calls along the path of a sample; a call on a batch counts once.
     status : tuple of Status
         One a sample.
     trajectory : Tensor or None
-        States at every node, (steps + 1, B, \*d), if asked for.
+        States at every node, (steps + 1, B, \*d), if asked for. A stopped run has fewer; where batches were stopped at
+        different nodes, those that came less far are NaN beyond.
     dense : tuple of Dense
         Dense output, if asked for: pieces of the batch in order, each with its own nodes. :meth:`out` reads it.
     saved : Tensor or None
-        x̄ at the levels of ``save_at``, in their order, (levels, B, \*d), if asked for.
+        x̄ at the levels of ``save_at``, in their order, (levels, B, \*d), if asked for; NaN where a sample did not get
+        so far.
     outcome : Outcome or None
         Steps and calls of each sample of an adaptive run.
     """
@@ -121,11 +125,12 @@ class Solution:
 
     @property
     def x(self) -> Tensor:
-        if len(set(self.sigma)) == 1:
-            return self.x_bar * (1.0 + self.sigma[0] ** 2) ** -0.5
-        scale = (1.0 + torch.tensor(self.sigma, dtype=torch.float64) ** 2) ** -0.5
-        scale = scale.to(self.x_bar.device, self.x_bar.dtype)
-        return self.x_bar * scale.reshape(-1, *(1,) * (self.x_bar.ndim - 1))
+        with _recording(self.x_bar):
+            if len(set(self.sigma)) == 1:
+                return self.x_bar * (1.0 + self.sigma[0] ** 2) ** -0.5
+            scale = (1.0 + torch.tensor(self.sigma, dtype=torch.float64) ** 2) ** -0.5
+            scale = scale.to(self.x_bar.device, self.x_bar.dtype)
+            return self.x_bar * scale.reshape(-1, *(1,) * (self.x_bar.ndim - 1))
 
     @property
     def success(self) -> bool:
@@ -148,24 +153,38 @@ class Solution:
         if not self.dense:
             raise ValueError("this run kept no dense output: ask for it, dense=True")
         low, high = float(self.grid.sigmas.min()), float(self.grid.sigmas.max())
+        sigma = float(onto_ends(np.float64(sigma), low, high))
         if not low <= sigma <= high:
             raise ValueError(f"sigma must lie in the run, {low:.10g} to {high:.10g}, but got {sigma!r}")
         reached = [piece.range[0] <= sigma <= piece.range[1] for piece in self.dense]
         pieces = zip(self.dense, reached, strict=True)
-        return torch.cat(
-            [piece(sigma) if there else torch.full_like(piece.x_bar[0], torch.nan) for piece, there in pieces]
-        )
+        with _recording(*(piece.x_bar for piece in self.dense)):
+            return torch.cat(
+                [
+                    piece(sigma) if there else torch.full_like(piece.x_bar.select(0, 0), torch.nan)
+                    for piece, there in pieces
+                ]
+            )
 
     @staticmethod
     def concatenate(parts: list[Solution]) -> Solution:
         """Runs over batches, as one run over all of them."""
         if len(parts) == 1:
             return parts[0]
+        with _recording(*(part.x_bar for part in parts)):
+            return Solution._concatenate(parts)
+
+    @staticmethod
+    def _concatenate(parts: list[Solution]) -> Solution:
         trajectories = [part.trajectory for part in parts if part.trajectory is not None]
         saved = [part.saved for part in parts if part.saved is not None]
         outcomes = [part.outcome for part in parts if part.outcome is not None]
-        # A run that a callback stopped early has a shorter trajectory: the batches then have no common one.
-        common = len({len(t) for t in trajectories}) == 1
+        # A run that a callback stopped early has a shorter trajectory.
+        longest = max(map(len, trajectories), default=0)
+        trajectories = [
+            t if len(t) == longest else torch.cat((t, t.new_full((longest - len(t), *t.shape[1:]), torch.nan)))
+            for t in trajectories
+        ]
         return Solution(
             x_bar=torch.cat([part.x_bar for part in parts]),
             sigma=tuple(s for part in parts for s in part.sigma),
@@ -173,11 +192,16 @@ class Solution:
             grid=parts[0].grid,
             nfe=max(part.nfe for part in parts),
             status=tuple(s for part in parts for s in part.status),
-            trajectory=torch.cat(trajectories, dim=1) if common else None,
+            trajectory=torch.cat(trajectories, dim=1) if trajectories else None,
             dense=tuple(piece for part in parts for piece in part.dense),
             saved=torch.cat(saved, dim=1) if saved else None,
             outcome=None if not outcomes else _join(outcomes),
         )
+
+
+def _recording(*results: Tensor) -> Any:
+    """Results that gradients flow from are scaled, joined and read off with gradients, whatever the mode outside."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() or any(x.requires_grad for x in results))
 
 
 def _join(parts: list[Outcome]) -> Outcome:

@@ -333,3 +333,21 @@ def test_models_of_others_at_the_terminal(tmp_path, capsys):
     assert "ddim-ode: note: weights that do not say whether they are an average" in printed.err
     assert main(common) == 2
     assert "class-conditional: give class_labels=" in capsys.readouterr().err
+
+
+def test_clipping_at_the_terminal(model, images, tmp_path, capsys):
+    """The field's own options go through ``--model-options``; and a field that clips does not encode."""
+    bounds = ["--model-options", '{"clip": 0.25, "threshold": 0.9}']
+    common = ["sample", "--model", model, "--n", "2", "--nfe", "4", "--solver", "ddim", "--out"]
+    assert main([*common, str(tmp_path / "plain.npz")]) == 0
+    assert main([*common, str(tmp_path / "kept.npz"), *bounds]) == 0
+    plain, kept = (np.load(tmp_path / f"{name}.npz")["images"] for name in ("plain", "kept"))
+    assert np.abs(plain).max() > 0.3
+    assert np.abs(kept).max() <= 0.2501
+    capsys.readouterr()
+    encode = ["encode", "--model", model, "--images", images, "--nfe", "4", "--out", str(tmp_path / "z.npz")]
+    assert main([*encode, *bounds]) == 2
+    assert "clips or thresholds the predicted data cannot encode" in capsys.readouterr().err
+    assert not (tmp_path / "z.npz").exists()
+    assert main([*common, str(tmp_path / "no.npz"), "--model-options", '{"clip": "1"}']) == 2
+    assert "clip must be a positive number" in capsys.readouterr().err

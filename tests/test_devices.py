@@ -72,6 +72,40 @@ def test_fake_cuda_guidance():
         assert ddim_ode.sample(field, latent, nfe=6).x.device.type == "cuda"
 
 
+BOUNDS = [{"clip": 1.0}, {"threshold": 0.995}]
+
+
+@pytest.mark.parametrize("bounds", BOUNDS, ids=["clip", "threshold"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_fake_cuda_with_all_that_may_be_asked(method, bounds):
+    """Dense output, saved levels, a trajectory, bounds and a callback that stops one batch: no sync."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        latent = torch.empty((3, *SHAPE), device="cuda", dtype=torch.float64)
+        model = lambda x, t: torch.sin(x) * t.reshape(-1, 1, 1, 1)
+        field = EpsilonField(model, LINEAR, dtype=torch.float32, **bounds)
+        run = ddim_ode.sample(
+            field, latent, steps=6, solver=method, batch_size=2, dense=True, save_at=[100.0, 0.5], trajectory=True,
+            callback=lambda step: step.index == 4 and step.rows == slice(0, 2),
+        )  # fmt: skip
+        assert run.saved.shape == (2, 3, *SHAPE)
+        assert run.trajectory.shape == (7, 3, *SHAPE)
+        assert {x.device.type for x in (run.x, run.out(1.0), run.saved, run.trajectory)} == {"cuda"}
+        assert run.out(1.0).dtype == torch.float64
+
+
+@pytest.mark.parametrize("option", ["gradients", "checkpoint"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_gradients_read_no_value(method, option):
+    """Without CUDA torch cannot record on fake CUDA tensors; fake ones on the CPU have no values to read either."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        latent = torch.empty((2, *SHAPE), dtype=torch.float64).requires_grad_()
+        model = lambda x, t: torch.sin(x) * t.reshape(-1, 1, 1, 1)
+        field = EpsilonField(model, LINEAR, dtype=torch.float32, threshold=0.99)
+        run = ddim_ode.sample(field, latent, steps=6, solver=method, dense=True, save_at=[100.0], **{option: True})
+        (gradient,) = torch.autograd.grad(run.x.sum() + run.saved.sum(), latent)
+        assert gradient.shape == latent.shape
+
+
 def test_a_sync_would_be_caught():
     with FakeTensorMode():
         field = EpsilonField(lambda x, t: x * float(t.mean()), LINEAR)
@@ -91,3 +125,18 @@ def test_cuda_agrees_with_cpu(method):
     field = EpsilonField(net.cuda(), LINEAR)
     here = ddim_ode.sample(field, latent.cuda(), steps=6, solver=method).x
     torch.testing.assert_close(here.cpu(), there, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_cuda_gradients_agree_with_cpu(method):
+    torch.manual_seed(0)
+    net, found = network().double(), []
+    for device in ("cpu", "cuda"):
+        field = EpsilonField(net.to(device), LINEAR, clip=2.0)
+        for option in ("gradients", "checkpoint"):
+            latent = ddim_ode.noise(SHAPE, 2, 0).to(device).requires_grad_()
+            run = ddim_ode.sample(field, latent, steps=6, solver=method, save_at=[10.0], **{option: True})
+            found.append(torch.autograd.grad(run.x.sum() + run.saved.sum(), latent)[0].cpu())
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-7, atol=1e-7)

@@ -211,6 +211,19 @@ def test_compiled_networks_give_the_same():
         (lambda: EpsilonField(torch.sin, LINEAR, autocast=True), TypeError, "autocast must be a floating dtype"),
         (lambda: EpsilonField(torch.sin, LINEAR, dtype=torch.int32), TypeError, "dtype must be a floating dtype"),
         (lambda: EpsilonField(torch.sin, LINEAR, shape=4), TypeError, r"such as \(4,\)"),
+        *(
+            (lambda make=make, clip=clip: make(clip=clip), ValueError, "clip must be a positive number")
+            for make in (
+                lambda **b: EpsilonField(torch.sin, LINEAR, **b),
+                lambda **b: EpsilonField.from_sigma(torch.mul, LINEAR, **b),
+                lambda **b: ddim_ode.load("fashion-mnist", **b),
+            )
+            for clip in (0.0, -1.0, np.nan, np.inf, True, "1", (-1.0, 1.0))
+        ),
+        *(
+            (lambda q=q: EpsilonField(torch.sin, LINEAR, threshold=q), ValueError, r"quantile in \(0, 1\]")
+            for q in (0.0, -0.1, 1.01, 99.5, np.nan, True, "0.9")
+        ),
         (
             lambda: EpsilonField(lambda x, t: x[:, :1], LINEAR)(X, 1.0),
             ValueError,
@@ -228,6 +241,152 @@ def test_compiled_networks_give_the_same():
 def test_bad_use_is_refused(make, error, says):
     with pytest.raises(error, match=says):
         make()
+
+
+# -- clipping and thresholding -------------------------------------------------------------------
+def by_hand(x_bar, sigma, most, quantile=None):
+    """ε of the predicted data kept within bounds, in numpy, sample by sample: Imagen's few lines."""
+    eps = true_eps(x_bar, sigma).numpy()
+    out = np.empty_like(eps)
+    for i, (x, e) in enumerate(zip(x_bar.numpy(), eps, strict=True)):
+        x0 = x - sigma * e
+        s = most if quantile is None else max(np.quantile(np.abs(x0), quantile), most)
+        out[i] = (x - np.clip(x0, -s, s) * (most / s)) / sigma
+    return torch.from_numpy(out)
+
+
+#: Samples of three sizes: one within any bound, one half out of them, one far out.
+SIZES = torch.tensor([0.1, 3.0, 50.0], dtype=torch.float64).reshape(3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "most", "quantile"),
+    [
+        ({"clip": 1.0}, 1.0, None),
+        ({"clip": 0.25}, 0.25, None),
+        ({"threshold": 0.9}, 1.0, 0.9),
+        ({"threshold": 0.5, "clip": 0.5}, 0.5, 0.5),
+        ({"threshold": 1.0}, 1.0, 1.0),
+        ({"threshold": 1e-9, "clip": 2}, 2.0, 1e-9),
+    ],
+)
+@pytest.mark.parametrize("sigma", [LINEAR.sigma_min, 0.6, 20.0])
+@pytest.mark.parametrize("make", ["network", "from_sigma"])
+def test_bounds_are_those_of_a_few_lines_by_hand(bounds, most, quantile, sigma, make):
+    def model(x, t):
+        s = LINEAR.sigma(float(t[0]) + 1.0)
+        return true_eps(x * np.sqrt(1.0 + s * s), s)
+
+    field = EpsilonField(model, LINEAR, **bounds) if make == "network" else None
+    field = field or EpsilonField.from_sigma(true_eps, LINEAR, **bounds)
+    x_bar = (1.0 + sigma) * SIZES * X
+    found = field(x_bar, sigma)
+    torch.testing.assert_close(found, by_hand(x_bar, sigma, most, quantile), rtol=1e-7, atol=1e-7)
+    assert field.nfe == 1
+    kept = x_bar - sigma * found
+    assert float(kept.abs().max()) <= most * (1.0 + 1e-9)
+    # A sample within the bounds is left to the bit, small σ or not.
+    inside = [i for i in range(3) if float((x_bar[i] - sigma * true_eps(x_bar, sigma)[i]).abs().max()) <= most]
+    plain = EpsilonField(model, LINEAR) if make == "network" else EpsilonField.from_sigma(true_eps, LINEAR)
+    assert torch.equal(found[inside], plain(x_bar, sigma)[inside])
+
+
+def test_a_wide_bound_changes_nothing():
+    latent = ddim_ode.noise((2, 4), 3, 0)
+    runs = [
+        ddim_ode.sample(EpsilonField.from_sigma(true_eps, LINEAR, **bounds), latent, steps=6, dtype=dtype).x
+        for dtype in (torch.float64, torch.float32)
+        for bounds in ({}, {"clip": 100.0}, {"clip": 100.0, "threshold": 0.99})
+    ]
+    for run in (runs[1], runs[2]):
+        assert torch.equal(run, runs[0])
+    for run in (runs[4], runs[5]):
+        assert torch.equal(run, runs[3])
+
+
+def test_sigma_zero_is_left_alone():
+    """x̂₀ is x̄ there, whatever ε is."""
+    field = EpsilonField.from_sigma(lambda x, s: 5.0 * x, LINEAR, clip=0.1, threshold=0.9)
+    assert torch.equal(field(X, 0.0), 5.0 * X)
+
+
+@pytest.mark.parametrize("bounds", [{"clip": 0.8}, {"threshold": 0.8, "clip": 0.8}])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_predicted_data_stay_within_bounds_at_every_step(prediction, bounds):
+    field = EpsilonField(lambda x, t: 3.0 * torch.sin(5.0 * x), LINEAR, prediction, shape=(2, 4), **bounds)
+    inner, seen = field.bind, []
+
+    def bind(x_bar, *rest):
+        evaluate = inner(x_bar, *rest)
+
+        def watched(x, sigma):
+            eps = evaluate(x, sigma)
+            seen.append(float((x - sigma * eps).abs().max()))
+            return eps
+
+        return watched
+
+    field.bind = bind
+    run = ddim_ode.sample(field, n=4, seed=1, steps=8, solver="ddim", grid="quadratic")
+    assert len(seen) == 8
+    assert max(seen) <= 0.8 * (1.0 + 1e-6)
+    assert max(seen) > 0.79  # it was needed
+    # Euler's last step lands on the last prediction.
+    assert float(run.x.abs().max()) <= 0.8 * (1.0 + 1e-6)
+
+
+def test_bounds_work_in_half_precision():
+    network = nn.Linear(4, 4).requires_grad_(False)
+    model = type("Network", (nn.Module,), {"forward": lambda self, x, t: 4.0 * self.inner(x)})()
+    model.inner = network
+    for dtype in (torch.float16, torch.bfloat16):
+        model.to(dtype)
+        for bounds in ({"clip": 1.0}, {"threshold": 0.9}):
+            field = EpsilonField(model, LINEAR, **bounds)
+            for state in (torch.float64, torch.float32, torch.bfloat16):
+                found = field((2.0 * X).to(state), 2.0)
+                assert found.dtype == state
+                assert float(((2.0 * X).to(state) - 2.0 * found).abs().max()) <= 1.0 + 0.05
+
+
+def test_a_failing_network_is_not_hidden_by_its_bounds():
+    def model(x, t):
+        return torch.where(x.flatten(1)[:, :1, None] > 10.0, torch.inf, x)
+
+    start = X.clone()
+    start[1] = 100.0
+    for bounds in ({"clip": 1.0}, {"threshold": 0.9}):
+        run = ddim_ode.integrate(EpsilonField(model, LINEAR, **bounds), start, [2.0, 1.0, 0.5])
+        assert [bool(s) for s in run.status] == [False, True, False]
+
+
+def test_bounds_hold_with_guidance_and_batches():
+    """They apply to what guidance made, sample by sample."""
+    given, null = torch.tensor([1.0, 2.0, 3.0]).double(), torch.zeros(1).double()
+    field = EpsilonField(
+        lambda x, t, c: x * c[:, None, None], LINEAR,
+        condition=given, null_condition=null, guidance_scale=2.0, threshold=0.7,
+    )  # fmt: skip
+    whole = ddim_ode.sample(field, X, steps=5, solver="ab2")
+    parts = ddim_ode.sample(field, X, steps=5, solver="ab2", batch_size=2)
+    torch.testing.assert_close(parts.x, whole.x, rtol=1e-13, atol=1e-13)
+    eps = field(X, 3.0)
+    raw = EpsilonField(lambda x, t: 2.0 * x * given[:, None, None], LINEAR)(X, 3.0)
+    x0 = X - 3.0 * raw
+    s = torch.quantile(x0.flatten(1).abs(), 0.7, dim=1).clamp(min=1.0).reshape(3, 1, 1)
+    torch.testing.assert_close(eps, (X - torch.clamp(x0, -s, s) / s) / 3.0)
+
+
+def test_other_makes_and_loaded_models_take_bounds():
+    edm = NoiseSchedule.edm()
+    field = EpsilonField.from_denoiser(lambda x, s: 7.0 * torch.ones_like(x), edm, clip=0.5)
+    torch.testing.assert_close(X - 2.0 * field(X, 2.0), torch.full_like(X, 0.5))
+    assert EpsilonField.from_velocity(lambda x, t: x, threshold=0.9).threshold == 0.9
+    assert EpsilonField.from_score(lambda x, t: x, LINEAR, clip=2.0).clip == 2.0
+    loaded = ddim_ode.load("fashion-mnist", clip=1.0, threshold=0.995)
+    assert (loaded.clip, loaded.threshold, loaded.clips) == (1.0, 0.995, True)
+    x = ddim_ode.sample(loaded, n=1, steps=2, solver="ddim").x
+    assert float(x.abs().max()) <= 1.0 + 1e-6
 
 
 # -- networks of other makes --------------------------------------------------------------------

@@ -211,3 +211,75 @@ def test_a_wrong_shape_from_the_model_is_said():
     field = EpsilonField(lambda x, t: x[:1], LINEAR)
     with pytest.raises(ValueError, match="must return what it was given"):
         integrate(field, X, SIGMAS)
+
+
+# -- callbacks that stop ------------------------------------------------------------------------
+@pytest.mark.parametrize("solver", ["ddim", "ab3-rk", "dpmpp2m", "heun"])
+def test_a_callback_may_stop_the_run(solver):
+    seen = []
+
+    def enough(step):
+        seen.append(step)
+        return step.sigma_next < 2.0
+
+    run = integrate(FIELD, X, SIGMAS, solver, callback=enough, trajectory=True)
+    whole = integrate(FIELD, X, SIGMAS, solver, trajectory=True)
+    assert len(seen) == 5  # 4.0, 3.5625, 3.125, 2.6875, 2.25, 1.8125
+    assert run.status == (Status.STOPPED,) * 4
+    assert not run.success
+    assert run.sigma == (SIGMAS[5],) * 4
+    assert run.nfe == seen[-1].nfe < whole.nfe
+    assert torch.equal(run.trajectory, whole.trajectory[:6])
+    assert torch.equal(run.x_bar, whole.trajectory[5])
+    torch.testing.assert_close(run.x, run.x_bar / np.sqrt(1.0 + SIGMAS[5] ** 2))
+    assert run.grid == whole.grid
+
+
+def test_to_stop_at_the_last_step_is_to_end_well():
+    run = integrate(FIELD, X, SIGMAS, callback=lambda step: step.index == 7)
+    assert run.success
+    assert run.sigma == (0.5,) * 4
+    assert torch.equal(run.x_bar, integrate(FIELD, X, SIGMAS).x_bar)
+
+
+@pytest.mark.parametrize("yes", [True, np.True_, np.float64(1.0) > 0, torch.tensor(True), torch.ones(1) > 0])
+def test_every_kind_of_true_stops(yes):
+    assert integrate(FIELD, X, SIGMAS, callback=lambda step: yes).sigma == (SIGMAS[1],) * 4
+
+
+@pytest.mark.parametrize(
+    "no", [None, False, np.False_, torch.tensor(False), 0, 1, 1.0, "stop", [True], torch.ones(()), {}]
+)
+def test_nothing_else_does(no):
+    """Callbacks are often lambdas that hand on what some other function returns: a length, a list, a tensor."""
+    assert integrate(FIELD, X, SIGMAS, callback=lambda step: no).success
+
+
+def test_an_answer_for_each_sample_is_refused():
+    with pytest.raises(ValueError, match=r"answer for the whole batch.*shape \(4,\).*\.all\(\)"):
+        integrate(FIELD, X, SIGMAS, callback=lambda step: step.x_bar.flatten(1).std(dim=1) < 1.0)
+
+
+def test_a_callback_that_raises_ends_the_run_with_its_own_error():
+    class Enough(Exception):
+        pass
+
+    def raises(step):
+        raise Enough
+
+    with pytest.raises(Enough):
+        integrate(FIELD, X, SIGMAS, callback=raises, gradients=True)
+    assert torch.is_grad_enabled()
+
+
+def test_a_sample_may_fail_in_a_run_that_is_stopped():
+    def eps(x_bar, sigma):
+        bad = (x_bar[:, 1, 1] > 100.0) & (sigma < 3.2)
+        return torch.where(bad[:, None, None], torch.nan, EXACT(x_bar, sigma))
+
+    start = X.clone()
+    start[1, 1, 1] = 1000.0
+    run = integrate(EpsilonField.from_sigma(eps, LINEAR), start, SIGMAS, callback=lambda step: step.index == 4)
+    assert run.status == (Status.STOPPED, Status.NONFINITE, Status.STOPPED, Status.STOPPED)
+    assert run.sigma == (SIGMAS[5], SIGMAS[2], SIGMAS[5], SIGMAS[5])
+    assert bool(run.x_bar.isfinite().all())

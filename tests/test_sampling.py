@@ -195,6 +195,59 @@ def test_callbacks_are_told_which_samples_they_see():
     assert seen[-1] is None
 
 
+def test_a_callback_stops_its_own_batch_only():
+    """Batches are runs of their own: each is stopped at its third step or by its own samples, or goes on."""
+
+    def stop(step):
+        return step.rows == slice(2, 4) and step.index == 2
+
+    options = {"steps": 6, "solver": "ab2", "trajectory": True, "dense": True, "save_at": [LINEAR.sigma_max, 0.0]}
+    run = ddim_ode.sample(FIELD, n=5, batch_size=2, callback=stop, **options)
+    whole = ddim_ode.sample(FIELD, n=5, batch_size=2, **options)
+    stopped, others = [2, 3], [0, 1, 4]
+    sigmas = run.grid.sigmas
+    assert run.status == tuple(Status.STOPPED if i in stopped else Status.SUCCESS for i in range(5))
+    assert run.sigma == tuple(sigmas[3] if i in stopped else 0.0 for i in range(5))
+    assert run.nfe == 6
+    # One trajectory for all, NaN where a batch did not get so far; and the same of dense output.
+    assert run.trajectory.shape == whole.trajectory.shape
+    assert torch.equal(run.trajectory[:, others], whole.trajectory[:, others])
+    assert torch.equal(run.trajectory[:4, stopped], whole.trajectory[:4, stopped])
+    assert bool(run.trajectory[4:, stopped].isnan().all())
+    assert torch.equal(run.saved[:, others], whole.saved[:, others])
+    assert torch.equal(run.saved[0], whole.saved[0])
+    assert bool(run.saved[1, stopped].isnan().all())
+    assert bool(run.out(sigmas[5])[stopped].isnan().all())
+    torch.testing.assert_close(run.out(sigmas[2]), whole.out(sigmas[2]), rtol=0, atol=0)
+    assert torch.equal(run.x_bar[stopped], whole.trajectory[3, stopped])
+    torch.testing.assert_close(run.x[stopped], run.x_bar[stopped] * (1.0 + sigmas[3] ** 2) ** -0.5)
+    torch.testing.assert_close(run.x[others], whole.x[others])
+
+
+def test_all_batches_stopped_alike_have_a_short_trajectory():
+    run = ddim_ode.sample(FIELD, n=3, steps=6, batch_size=1, trajectory=True, callback=lambda step: step.index == 1)
+    assert run.trajectory.shape[:2] == (3, 3)
+    assert run.nfe == 2
+    assert not bool(run.trajectory.isnan().any())
+    single = ddim_ode.sample(FIELD, n=3, steps=6, batch_size=1, trajectory=True, dtype=torch.float32)
+    assert single.trajectory.dtype == torch.float32
+
+
+def test_a_field_that_clips_does_not_encode():
+    for bounds in ({"clip": 1.0}, {"threshold": 0.99}):
+        field = EpsilonField.from_sigma(EXACT, LINEAR, shape=SHAPE, **bounds)
+        for call in (
+            lambda field: ddim_ode.encode(field, IMAGES, nfe=4),
+            lambda field: ddim_ode.round_trip(field, IMAGES, nfe=4),
+            lambda field: ddim_ode.integrate(field, LATENT, [0.0, 1.0]),
+        ):
+            with pytest.raises(ValueError, match="clips or thresholds the predicted data cannot encode"):
+                call(field)
+        assert field.nfe == 0
+        assert ddim_ode.sample(field, LATENT, nfe=4).success
+        assert ddim_ode.interpolate(field, LATENT[:1], LATENT[1:2], 2, nfe=4).success
+
+
 def test_a_run_says_which_solver_made_it():
     assert ddim_ode.sample(FIELD, n=1, nfe=3).solver == ddim_ode.sampling.DEFAULTS["sample"][0]
     assert ddim_ode.encode(FIELD, IMAGES, nfe=3, solver="ab3-rk", batch_size=1).solver == "ab3-rk"

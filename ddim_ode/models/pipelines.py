@@ -131,9 +131,13 @@ def read_scheduler(config: dict[str, Any]) -> tuple[NoiseSchedule, str, list[str
         )
     if config["clip_sample"]:
         span = _number(config, "clip_sample_range")
-        notes.append(f"clip_sample: {name} clips the predicted image to ±{span:g} in each step, and eq. 14 does not")
+        notes.append(
+            f"clip_sample: {name} clips the predicted image to ±{span:g} in each step, and eq. 14 does not; clip={span:g} does"
+        )
     if config.get("thresholding"):
-        notes.append(f"thresholding: {name} limits the predicted image in each step, and eq. 14 does not")
+        notes.append(
+            f"thresholding: {name} limits the predicted image in each step, and eq. 14 does not; threshold= does"
+        )
     stops = "the last step stops at the first trained level, and ours at sigma = 0"
     if config.get("set_alpha_to_one") is False:
         notes.append(f"set_alpha_to_one is false: {stops}")
@@ -424,6 +428,8 @@ def _field(
         condition, null = classes_tensor(class_labels, count, device), _no_class(config, device)
     elif _is_conditional(config):
         raise ValueError(f"{where} is class-conditional: give class_labels=, one for all samples or one a sample")
+    asked = {"clip_sample": "clip", "thresholding": "threshold"}
+    notes = [note for note in notes if options.get(asked.get(note.split(":")[0], "")) is None]
     for note in notes:
         warnings.warn(f"{where}: {note}", ModelWarning, stacklevel=4)
     model = Network(network.to(device), _NETWORKS[type(network).__name__])
