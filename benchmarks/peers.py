@@ -192,7 +192,7 @@ def study(name: str, seed: int, done: dict[str, Any]) -> dict[str, Any]:
         "seed": seed,
         "reference_difference": task.difference,
         **circumstances(task.field, torch.float64),
-        "defaults": list(DEFAULTS["sample"]),
+        "defaults": DEFAULTS["sample"]._asdict(),
         "seconds": round(time.perf_counter() - began, 1),
         "ours": own,
         "packages": packages,

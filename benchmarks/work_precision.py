@@ -70,8 +70,8 @@ ADAPTIVE = ("bs32", "dopri5", "dop853", "torchdiffeq-dopri5", "torchdiffeq-dopri
 def contenders(task: Problem, tolerances: list[float]) -> Iterator[tuple[str, float, Solver, Grid]]:
     """Name, budget or tolerance, solver and grid of every run."""
     for budget in BUDGETS:
-        solver, (rule, options) = get(DEFAULTS["sample"][0]), _rule(DEFAULTS["sample"][1])
-        yield "default", budget, solver, task.grid(rule, solver.steps(budget), **options)
+        solver, rule, options = DEFAULTS["sample"]
+        yield "default", budget, get(solver), task.grid(rule, get(solver).steps(budget), **options)
         for name in FIXED:
             if get(name).nfe(1) <= budget:
                 yield name, budget, get(name), task.grid(GRID, get(name).steps(budget))
@@ -83,10 +83,6 @@ def contenders(task: Problem, tolerances: list[float]) -> Iterator[tuple[str, fl
             solver = get(name)
             assert isinstance(solver, (Adaptive, TorchDiffEq, Scipy))
             yield name, tolerance, replace(solver, rtol=tolerance, atol=tolerance), ends
-
-
-def _rule(grid: Any) -> tuple[str, dict[str, float]]:
-    return (grid, {}) if isinstance(grid, str) else grid
 
 
 def measure(task: Problem, name: str, work: float, solver: Solver, grid: Grid) -> dict[str, Any]:
@@ -198,7 +194,7 @@ def main() -> None:
         except FileNotFoundError as error:
             found = {"missing": str(error)}
         record["problems"][name] = found | {"circumstances": circumstances(dtype=torch.float64)}
-        record |= {"study": "work_precision", "grid": GRID, "defaults": DEFAULTS["sample"], "budgets": BUDGETS}
+        record |= {"study": "work_precision", "grid": GRID, "defaults": DEFAULTS["sample"]._asdict(), "budgets": BUDGETS}
         record["problems"] = {known: record["problems"][known] for known in SAMPLES if known in record["problems"]}
         write_json(path, record)
         print(f"{name}: done", flush=True)

@@ -37,7 +37,7 @@ from ddim_ode.metrics import mse
 from ddim_ode.models.checkpoints import bundled, load, save_model
 from ddim_ode.models.pipelines import ModelWarning
 from ddim_ode.models.unet import GaussianResidual
-from ddim_ode.sampling import DEFAULTS, decode, encode, interpolate, noise, plan, round_trip, sample
+from ddim_ode.sampling import DEFAULTS, GRID, decode, encode, interpolate, noise, plan, round_trip, sample
 from ddim_ode.schedule import NoiseSchedule, whole
 from ddim_ode.solution import Solution, Status
 from ddim_ode.solvers import get, solvers
@@ -146,9 +146,10 @@ def _sheets(
 
 def _print_comparison(record: dict[str, Any]) -> None:
     exact = record["reference"]
+    there, back = (f"{d['solver']} on {d['grid']}" for d in (record["defaults"]["sample"], record["defaults"]["encode"]))
     print(
         f"{record['samples']} samples and {record['images']} images; grid {record['grid']}; "
-        f"default: {' on '.join(record['defaults']['sample'])} (encoding: {' on '.join(record['defaults']['encode'])})"
+        f"default: {there} (encoding: {back})"
     )
     print(f"reference: {exact['methods'][0]}; {exact['methods'][1]} differs by {exact['rms_difference']:.1e} RMS\n")
     budgets = list(dict.fromkeys(row["nfe"] for row in record["rows"]))
@@ -624,11 +625,11 @@ def _parser() -> argparse.ArgumentParser:
         model(p)
         p.add_argument(
             "--solver",
-            help=f"see 'ddim-ode solvers' (default: {DEFAULTS['sample'][0]}; encoding {DEFAULTS['encode'][0]})",
+            help=f"see 'ddim-ode solvers' (default: {DEFAULTS['sample'].solver}; encoding {DEFAULTS['encode'].solver})",
         )
         p.add_argument(
             "--grid",
-            help=f"one of {', '.join(grids())} (default: {DEFAULTS['sample'][1]}; encoding {DEFAULTS['encode'][1]})",
+            help=f"one of {', '.join(grids())} (default: with no solver named, {DEFAULTS['sample'].grid}; else {GRID})",
         )
         p.add_argument("--nfe", type=int, help="budget of model calls, each way (default: 50)")
         p.add_argument("--batch-size", type=int, help="samples at once (default: all)")
@@ -640,7 +641,7 @@ def _parser() -> argparse.ArgumentParser:
         "--solvers", default="default,ddim,pf-euler,heun,ab2,ab3,deis3,dpmpp2m", help="names, comma-separated"
     )
     p.add_argument("--nfe", default="5,10,20,50", help="budgets of model calls, comma-separated")
-    p.add_argument("--grid", help=f"one of {', '.join(grids())} (default: {DEFAULTS['sample'][1]})")
+    p.add_argument("--grid", help=f"one of {', '.join(grids())} (default: {GRID}; that of default is its own)")
     p.add_argument("--n", type=int, default=16, help="samples")
     images(p, help="images to round-trip: {} (default: bundled ones)")
     seed(p)

@@ -21,7 +21,7 @@ import ddim_ode
 from ddim_ode.field import EpsilonField
 from ddim_ode.grid import Grid
 from ddim_ode.metrics import mse, rms
-from ddim_ode.sampling import DEFAULTS, round_trip, sample
+from ddim_ode.sampling import DEFAULTS, GRID, round_trip, sample
 from ddim_ode.solution import Status
 from ddim_ode.solvers import get
 
@@ -123,7 +123,7 @@ def compare(
     budgets : sequence of int
         Model calls, each way for the round trip.
     grid : str, optional
-        One grid for all; by default the default of :func:`ddim_ode.sample`.
+        One grid for all; by default :data:`ddim_ode.sampling.GRID`.
     dtype : torch.dtype
         The state's dtype.
     exact : Reference, optional
@@ -166,7 +166,7 @@ def compare(
             advance(f"{name}, {nfe} calls")
             options: dict[str, Any] = {"nfe": nfe, "dtype": dtype}
             if name != "default":
-                options |= {"solver": name, "grid": grid or DEFAULTS["sample"][1]}
+                options |= {"solver": name, "grid": grid or GRID}
                 if get(name).nfe(1) > nfe:
                     rows.append({"solver": name, "nfe": nfe} | dict.fromkeys(_MEASURED))
                     continue
@@ -205,8 +205,8 @@ def compare(
     found.record = (
         circumstances(evaluate, dtype) | {"samples": latent.shape[0], "images": images.shape[0]} | found.record
     )
-    found.record["defaults"] = {k: list(v) for k, v in DEFAULTS.items()}
-    found.record["grid"] = grid or DEFAULTS["sample"][1]
+    found.record["defaults"] = {k: v._asdict() for k, v in DEFAULTS.items()}
+    found.record["grid"] = grid or GRID
     return found
 
 

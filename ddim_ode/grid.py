@@ -135,7 +135,8 @@ class Grid:
             ``asinh``, ``arctan``
                 Even in asinh(σ/c) or arctan(σ/c) down to 0. Option ``c`` (asinh 0.02, arctan 1).
             ``flow``
-                Even in (σ/(c + σ))^{1/ρ} down to 0: for c = ρ = 1 even in rectified flow's time. Options ``c`` (1), ``rho`` (1).
+                Even in (σ/(c + σ))^{1/ρ} down to 0: for c = ρ = 1 even in rectified flow's time. Options ``c`` (3.5) and
+                ``rho`` (2).
         schedule : NoiseSchedule
             The schedule to cover.
         steps : int
@@ -233,7 +234,7 @@ def _arctan(schedule: NoiseSchedule, steps: int, c: float = 1.0) -> Array:
     return _down_to_zero(schedule, steps, c, np.arctan, np.tan)
 
 
-def _flow(schedule: NoiseSchedule, steps: int, c: float = 1.0, rho: float = 1.0) -> Array:
+def _flow(schedule: NoiseSchedule, steps: int, c: float = 3.5, rho: float = 2.0) -> Array:
     end = schedule.sigma_max / (c + schedule.sigma_max)
     u = end * (np.arange(steps, 0.0, -1.0) / steps) ** rho
     sigmas = c * u / (1.0 - u)

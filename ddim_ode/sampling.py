@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,8 +36,21 @@ __all__ = [
     "slerp",
 ]
 
+
+class Default(NamedTuple):
+    """What a direction does when nothing is named."""
+
+    solver: str
+    grid: str
+    #: Options of the grid's rule.
+    options: dict[str, float]
+
+
 #: The pair of solver and grid measured most accurate per call, by direction: benchmarks/defaults.py, docs/solvers.md.
-DEFAULTS = {"sample": ("deisx4", "quadratic"), "encode": ("deisx2", "asinh")}
+DEFAULTS = {"sample": Default("flowdown5", "flow", {}), "encode": Default("flowup4", "flow", {"c": 1.5})}
+
+#: The grid of a solver that is named without one, both ways: the paper's for its CIFAR-10 figures.
+GRID = "quadratic"
 
 #: Model calls when neither `steps` nor `nfe` is given.
 _NFE = 50
@@ -278,7 +291,7 @@ def round_trip(
     steps, nfe : int, optional
         Steps, or model calls, each way.
     solver, grid
-        Used both ways. With neither, each direction has its own; a solver alone runs on the default grid of sampling.
+        Used both ways. With neither, each direction has its own; a solver alone runs on :data:`GRID`.
     dtype, batch_size, progress
         As for :func:`sample`.
     data_range : (float, float) or None
@@ -390,8 +403,8 @@ def plan(
         raise TypeError(
             f"field must be an EpsilonField, but got {type(field).__name__}: wrap a network as EpsilonField(model, schedule)"
         )
-    default_solver, default_grid = DEFAULTS[direction]
-    method = get(default_solver if solver is None else solver)
+    default = DEFAULTS[direction]
+    method = get(default.solver if solver is None else solver)
     if method.adaptive:
         if nfe is not None or (steps is not None and not isinstance(grid, str)):
             raise ValueError(
@@ -403,9 +416,9 @@ def plan(
                 f"grid = {grid!r} needs steps= with {method.name}: the nodes where it must stop on its way"
             )
         grid = [field.schedule.sigma_max, 0.0] if grid is None else grid
+    options: dict[str, float] = {}
     if grid is None:
-        # A solver that is named runs on one grid both ways.
-        grid = default_grid if solver is None else DEFAULTS["sample"][1]
+        grid, options = (default.grid, default.options) if solver is None else (GRID, {})
     if steps is not None and nfe is not None:
         raise ValueError("steps and nfe are two ways to say one thing: give one of them")
     if nfe is not None:
@@ -413,7 +426,7 @@ def plan(
     if isinstance(grid, str):
         if steps is None:
             steps = method.steps(_NFE if nfe is None else nfe)
-        nodes = Grid.make(grid, field.schedule, steps)
+        nodes = Grid.make(grid, field.schedule, steps, **options)
     else:
         nodes = grid if isinstance(grid, Grid) else Grid.explicit(grid, field.schedule)
         if steps is not None and steps != nodes.steps:

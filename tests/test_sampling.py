@@ -51,15 +51,13 @@ def test_round_trip_reports_the_papers_error():
 
 def test_defaults_are_used_each_way():
     run = ddim_ode.sample(FIELD, LATENT, nfe=10)
-    solver, grid = DEFAULTS["sample"]
-    torch.testing.assert_close(
-        run.x, ddim_ode.sample(FIELD, LATENT, nfe=10, solver=solver, grid=grid).x, rtol=0, atol=0
-    )
+    solver, rule, options = DEFAULTS["sample"]
+    grid = Grid.make(rule, LINEAR, 10, **options)
+    torch.testing.assert_close(run.x, ddim_ode.sample(FIELD, LATENT, solver=solver, grid=grid).x, rtol=0, atol=0)
     code = ddim_ode.encode(FIELD, IMAGES, nfe=10)
-    solver, grid = DEFAULTS["encode"]
-    torch.testing.assert_close(
-        code.x, ddim_ode.encode(FIELD, IMAGES, nfe=10, solver=solver, grid=grid).x, rtol=0, atol=0
-    )
+    solver, rule, options = DEFAULTS["encode"]
+    grid = Grid.make(rule, LINEAR, 10, **options)
+    torch.testing.assert_close(code.x, ddim_ode.encode(FIELD, IMAGES, solver=solver, grid=grid).x, rtol=0, atol=0)
 
 
 def test_budgets_buy_whole_steps():

@@ -43,6 +43,9 @@ _PECE = "Adams–Bashforth–Moulton on eq. 14, PECE: Hairer, Nørsett & Wanner 
 _UNIPC = "UniPC, Zhao et al. 2023, exact integrals for its B(h)"
 _FLOW = "Adams–Bashforth on rectified flow's velocity in its own time, Liu, Gong & Liu 2023"
 
+_DOWN = "the default for sampling: a flow's velocity, Adams–Bashforth–Moulton; benchmarks/defaults.py"
+_UP = "the default for encoding: the same near σ = 0; benchmarks/defaults.py"
+
 _MEMBERS: dict[str, Solver] = {
     solver.name: solver
     for solver in (
@@ -57,6 +60,8 @@ _MEMBERS: dict[str, Solver] = {
         *(Multistep(k - 1, corrector="pece", label=f"abm{k}-pece", source=_PECE) for k in (2, 3, 4)),
         *(Multistep(k, clock="log", linear=DATA, corrector="free", label=f"unipc{k}", source=_UNIPC) for k in (2, 3)),
         *(Multistep(k, clock="flow", linear=Flow(), label=f"flow{k}", source=_FLOW) for k in (2, 3)),
+        Multistep(4, clock="paced", linear=Flow(0.1), corrector="free", label="flowdown5", source=_DOWN),
+        Multistep(3, clock=arctan(0.05), linear=Flow(0.05), corrector="free", label="flowup4", source=_UP),
         Ipndm(),
         DPM2S,
         DPM3S,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from ddim_ode.grid import Grid
 from ddim_ode.schedule import NoiseSchedule, whole
 from ddim_ode.solution import Outcome
 
-__all__ = ["Clock", "Field", "Solver", "arctan", "asinh", "clock", "flow"]
+__all__ = ["Clock", "Field", "Solver", "arctan", "asinh", "clock", "flow", "paced"]
 
 Array = NDArray[np.float64]
 
@@ -62,6 +62,11 @@ def flow(c: float = 1.0) -> Clock:
     return Clock(f"flow({c:g})", lambda s: s / (c + s), lambda u: c * u / (1.0 - u), lambda s: (c + s) ** 2 / c)
 
 
+def paced(steps: int) -> Clock:
+    """The clock arctan(σ/c), c = 20/steps but between 1/2 and 2.2: sharper where the grid is finer, and a polynomial can follow."""
+    return replace(arctan(min(max(0.5, 20.0 / steps), 2.2)), name="paced")
+
+
 _CLOCKS: dict[str, Callable[[], Clock]] = {
     "sigma": lambda: Clock("sigma", lambda s: s, lambda u: u, np.ones_like),
     "log": lambda: Clock("log", np.log, np.exp, lambda s: s),
@@ -72,23 +77,34 @@ _CLOCKS: dict[str, Callable[[], Clock]] = {
 }
 
 
-def clock(name: str | Clock, schedule: NoiseSchedule) -> Clock:
+def clock(name: str | Clock, schedule: NoiseSchedule, steps: int | None = None) -> Clock:
     """A clock by name, for one schedule.
 
     Parameters
     ----------
     name : str or Clock
         ``"sigma"``, ``"log"`` (log σ), ``"t"`` (the schedule's time), ``"variance"`` (σ²/2), ``"arctan"``
-        (:func:`arctan`), ``"asinh"`` (:func:`asinh`), ``"flow"`` (:func:`flow`), or a clock, which is returned as it is.
+        (:func:`arctan`), ``"asinh"`` (:func:`asinh`), ``"flow"`` (:func:`flow`), ``"paced"`` (:func:`paced`), or a
+        clock, which is returned as it is.
     schedule : NoiseSchedule
         What ``"t"`` refers to.
+    steps : int, optional
+        What ``"paced"`` refers to.
     """
     if isinstance(name, Clock):
         return name
     if name == "t":
         return Clock("t", schedule.t, schedule.sigma, lambda s: schedule.slope(schedule.t(s)))
+    if name == "paced":
+        if steps is None:
+            raise ValueError(
+                'clock "paced" goes by the number of steps, which is not known here: use "arctan", or arctan(c)'
+            )
+        return paced(steps)
     if name not in _CLOCKS:
-        raise ValueError(f"unknown clock {name!r}: known are {', '.join((*_CLOCKS, 't'))}, or a Clock of your own")
+        raise ValueError(
+            f"unknown clock {name!r}: known are {', '.join((*_CLOCKS, 't', 'paced'))}, or a Clock of your own"
+        )
     return _CLOCKS[name]()
 
 

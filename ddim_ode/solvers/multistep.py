@@ -627,7 +627,7 @@ def _plan(member: Multistep, grid: Grid) -> tuple[Weights | _Corrected | _Stages
             f"a grid for {member.name} cannot touch sigma = 0: what it interpolates, quantity="
             f'{quantity!r}, is infinite there and no polynomial follows it; use quantity="data", or a grid that stays above 0'
         )
-    u = clock(member.clock, grid.schedule)
+    u = clock(member.clock, grid.schedule, grid.steps)
     ticks = ticks_of(u, grid)
     # All quadrature nodes at once: a clock may be costly to read (t inverts a spline).
     nodes = sigmas[:-1, None] * _REST + sigmas[1:, None] * _X

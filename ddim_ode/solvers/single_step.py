@@ -125,7 +125,7 @@ class _Stage(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _plan(method: SingleStep, grid: Grid) -> tuple[tuple[_Stage, ...], ...]:
-    u = clock(method.clock, grid.schedule)
+    u = clock(method.clock, grid.schedule, grid.steps)
     ticks = ticks_of(u, grid)
     quantity = "data" if method.linear is DATA else "own"
     out: list[tuple[_Stage, ...]] = []
