@@ -79,23 +79,23 @@ def test_compare_refuses_a_budget_before_any_work(images, model, tmp_path, capsy
 
 
 def test_sample_encode_decode(model, images, tmp_path, capsys):
-    common = ["--model", model, "--nfe", "4"]
+    common = ["--model", model, "--nfe", "10"]
     assert main(["sample", *common, "--n", "3", "--seed", "5", "--out", str(tmp_path / "s.npz")]) == 0
     with np.load(tmp_path / "s.npz") as file:
         field = ddim_ode.load(model)
-        np.testing.assert_allclose(file["images"], ddim_ode.sample(field, n=3, seed=5, nfe=4).x.numpy(), atol=1e-6)
+        np.testing.assert_allclose(file["images"], ddim_ode.sample(field, n=3, seed=5, nfe=10).x.numpy(), atol=1e-6)
     assert main(["sample", *common, "--n", "4", "--out", str(tmp_path / "s.png")]) == 0
     with Image.open(tmp_path / "s.png") as sheet:
         assert sheet.size == (19, 19)
     assert main(["encode", *common, "--images", images, "--out", str(tmp_path / "z.npz")]) == 0
     assert main(["decode", *common, "--latent", str(tmp_path / "z.npz"), "--out", str(tmp_path / "d.npy")]) == 0
-    trip = ddim_ode.round_trip(field, data.as_tensor(data.read_images(images)), nfe=4)
+    trip = ddim_ode.round_trip(field, data.as_tensor(data.read_images(images)), nfe=10)
     np.testing.assert_allclose(np.load(tmp_path / "d.npy"), trip.reconstruction.numpy(), atol=1e-6)
     capsys.readouterr()
     assert main(["sample", *common, "--n", "2", "--json", "--out", str(tmp_path / "s.npz")]) == 0
     record = json.loads(capsys.readouterr().out)
-    assert (record["command"], record["nfe"], record["seed"], record["samples"]) == ("sample", 4, 0, 2)
-    assert record["sample"] == {"solver": "deisx4", "grid": "quadratic", "steps": 4, "nfe": 4}
+    assert (record["command"], record["nfe"], record["seed"], record["samples"]) == ("sample", 10, 0, 2)
+    assert record["sample"] == {"solver": "flowdown5", "grid": "flow", "steps": 10, "nfe": 10}
     assert {"commit", "state_dtype", "network_dtype", "schedule", "threads"} <= record.keys()
 
 
@@ -121,7 +121,7 @@ def test_a_folder_of_pictures_goes_out_and_comes_back(out, model, latent, images
 
 
 def test_a_seed_is_recorded_only_where_something_was_drawn(model, latent, images, tmp_path, capsys):
-    common = ["--model", model, "--nfe", "2", "--seed", "99", "--json", "--out", str(tmp_path / "a.npz")]
+    common = ["--model", model, "--nfe", "10", "--seed", "99", "--json", "--out", str(tmp_path / "a.npz")]
     paths = ["interpolate", "--pairs", "1", "--points", "2"]
     for drawn, given in ((["sample"], ["--latent", latent]), (paths, ["--images", images])):
         for more, seed in (([], 99), (given, None)):
@@ -150,11 +150,11 @@ def test_it_is_a_module_too():
 
 
 def test_reconstruct_and_interpolate(model, images, tmp_path):
-    common = ["--model", model, "--nfe", "4", "--images", images]
+    common = ["--model", model, "--nfe", "10", "--images", images]
     assert main(["reconstruct", *common, "--out", str(tmp_path / "r")]) == 0
     record = json.loads((tmp_path / "r" / "results.json").read_text(encoding="utf-8"))
     assert len(record["mse"]) == 4
-    assert record["nfe"] == 8
+    assert record["nfe"] == 20
     assert (tmp_path / "r" / "reconstructions.png").exists()
     assert main(["interpolate", *common, "--pairs", "2", "--points", "3", "--out", str(tmp_path / "i.npz")]) == 0
     assert data.read_array(tmp_path / "i.npz").shape == (6, 1, 8, 8)
@@ -243,7 +243,7 @@ def test_solvers_lists_them(capsys):
         (["interpolate", "--pairs", "-1"], "--pairs takes whole numbers of at least 1, but got -1"),
         (["interpolate", "--images", "IMAGES", "--points", "1"], "--points takes whole numbers of at least 2"),
         (["interpolate", "--model", "MODEL", "--images", "IMAGES", "--pairs", "3"], "needs 6 images"),
-        (["compare", "--nfe", "4,1500"], "--nfe 1500 with default"),
+        (["compare", "--nfe", "4,1500"], "--nfe 1500 with ddim"),
         (["compare", "--reference-nfe", "0"], "--reference-nfe"),
         (["compare", "--solvers", "default", "--grid", "karas"], "did you mean karras"),
         (["train", "--data", "IMAGES", "--rank", "6", "--groups", "3"], "groups"),
