@@ -12,6 +12,7 @@ from ddim_ode.solution import Solution, Status, Step
 from ddim_ode.solvers import (
     DATA,
     NOISE,
+    Adaptive,
     Clock,
     Gaussian,
     Linear,
@@ -23,7 +24,7 @@ from ddim_ode.solvers import (
 )
 
 __all__ = [
-    "DATA", "NOISE", "Clock", "EpsilonField", "Gaussian", "Grid", "LatentWarning", "Linear", "ModelWarning", "Multistep",
+    "DATA", "NOISE", "Adaptive", "Clock", "EpsilonField", "Gaussian", "Grid", "LatentWarning", "Linear", "ModelWarning", "Multistep",
     "NoiseSchedule", "Report", "RoundTrip", "RungeKutta", "Solution", "Solver", "Status", "Step", "Tableau", "check",
     "decode", "encode", "grids", "integrate", "interpolate", "load", "noise", "round_trip", "sample", "slerp", "solvers",
 ]  # fmt: skip

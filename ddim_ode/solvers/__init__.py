@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 
+from ddim_ode.solvers.adaptive import Adaptive
 from ddim_ode.solvers.base import Clock, Solver, arctan, asinh, clock
 from ddim_ode.solvers.multistep import DATA, NOISE, Gaussian, Linear, Multistep
-from ddim_ode.solvers.runge_kutta import HEUN, KUTTA3, MIDPOINT, RK4, RungeKutta, Tableau
+from ddim_ode.solvers.runge_kutta import BS32, DOP853, DOPRI5, EES25, HEUN, KUTTA3, MIDPOINT, RK4, RungeKutta, Tableau
 
 __all__ = [
+    "Adaptive",
     "Clock",
     "DATA",
     "Gaussian",
@@ -41,7 +43,9 @@ _MEMBERS: dict[str, Solver] = {
         *(Multistep(k, clock="t", linear=DATA, label=f"deisx{k}", source=_DEISX) for k in (2, 3, 4)),
         *(Multistep(k, clock="arctan", label=f"arctan{k}", source=_ARCTAN) for k in (2, 3, 4)),
         *(Multistep(k, clock="log", linear=DATA, label=f"dpmpp{k}m", source=_DPMPP) for k in (2, 3)),
-        *(RungeKutta(tableau) for tableau in (MIDPOINT, HEUN, KUTTA3, RK4)),
+        *(RungeKutta(tableau) for tableau in (MIDPOINT, HEUN, KUTTA3, RK4, EES25)),
+        RungeKutta(HEUN, euler_at_zero=True),
+        *(Adaptive(tableau) for tableau in (BS32, DOPRI5, DOP853)),
     )
 }
 

@@ -188,8 +188,8 @@ class Solver(ABC):
             If it does not pay for one.
         """
         nfe = whole(nfe, "nfe", 0)
-        # A start may cost more than its share, never less: no more than this many steps, and seldom fewer by much.
-        steps = nfe // self.nfe_per_step
+        # A start may cost more than its share, and an end less, by no whole step: no more than this many steps.
+        steps = nfe // self.nfe_per_step + 1
         while steps > 0 and self.nfe(steps) > nfe:
             steps -= 1
         if steps == 0:
