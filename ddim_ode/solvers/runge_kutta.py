@@ -71,6 +71,28 @@ def _slopes(tree: Tree, matrix: Array, found: dict[Tree, Array]) -> Array:
 
 
 # -- tableaus -----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Inside:
+    """States inside a step, for dense output of steps too long for their ends to tell.
+
+    Attributes
+    ----------
+    order : int
+        The order of those states; checked by the tableau.
+    a : tuple of tuple of float
+        Further stages, over the tableau's own, the slope at the end of the step, and earlier ones of these.
+    b : tuple of (float, tuple of float)
+        A fraction θ of the step, and the weights of all slopes there.
+    """
+
+    order: int
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[tuple[float, tuple[float, ...]], ...]
+
+    @property
+    def c(self) -> tuple[float, ...]:
+        """Nodes of the further stages."""
+        return tuple(map(sum, self.a))
 
 
 @dataclass(frozen=True)
@@ -97,6 +119,8 @@ class Tableau:
         and one more, the slope at the end of the step.
     embedded_orders : tuple of int
         The order that each :math:`\hat b` claims; checked too.
+    inside : Inside, optional
+        How to find states inside a step.
 
     Raises
     ------
@@ -117,6 +141,7 @@ class Tableau:
     nodes: tuple[float, ...] | None = None
     error: tuple[tuple[float, ...], ...] = ()
     embedded_orders: tuple[int, ...] = ()
+    inside: Inside | None = None
 
     def __post_init__(self) -> None:
         set_ = partial(object.__setattr__, self)
@@ -153,12 +178,20 @@ class Tableau:
         self._check(matrix, b, self.order, f"tableau {self.name}")
         for i, (row, order) in enumerate(zip(self.error, self.embedded_orders, strict=True)):
             self._check(matrix, b - np.array(row), order, f"the embedded solution {i} of tableau {self.name}")
+        if self.inside is not None:
+            size_ = stages + 1 + len(self.inside.a)
+            matrix = np.pad(matrix, (0, len(self.inside.a)))
+            for i, row in enumerate(self.inside.a, stages + 1):
+                matrix[i, :i] = row
+            for theta, row in self.inside.b:
+                name = f"the state of tableau {self.name} at {theta:g} of a step"
+                self._check(matrix, np.array(row).reshape(size_), self.inside.order, name, theta)
 
     @staticmethod
-    def _check(matrix: Array, b: Array, order: int, name: str) -> None:
+    def _check(matrix: Array, b: Array, order: int, name: str, theta: float = 1.0) -> None:
         found: dict[Tree, Array] = {}
         for tree in (tree for n in range(1, order + 1) for tree in trees(n)):
-            value, wanted = float(b @ _slopes(tree, matrix, found)), 1.0 / density(tree)
+            value, wanted = float(b @ _slopes(tree, matrix, found)), theta ** size(tree) / density(tree)
             if not abs(value - wanted) <= _ROUNDING:
                 raise ValueError(
                     f"{name} claims order {order}, but a condition of order {size(tree)} gives {value:.15g} where "
@@ -195,11 +228,32 @@ EES25 = Tableau(
 )
 
 
-def _published(name: str, order: int, method: Any, errors: dict[int, Array], source: str) -> Tableau:
+def _inside_dop853(thetas: tuple[float, ...]) -> Inside:
+    """DOP853's own interpolant of order 7 [Hairer, Nørsett & Wanner 1993, II.6], as weights at some fractions of a step."""
+    method = scipy.integrate.DOP853
+    stages, further = method.n_stages, len(method.A_EXTRA)
+    unit = np.eye(stages + 1 + further)
+    moved, first, last = np.append(method.B, np.zeros(1 + further)), unit[0], unit[stages]
+    terms = [moved, first - moved, 2.0 * moved - first - last, *method.D]
+    rows = []
+    for theta in thetas:
+        row = np.zeros(len(unit))
+        for i in reversed(range(len(terms))):
+            row = (row + terms[i]) * (theta if i % 2 == 0 else 1.0 - theta)
+        rows.append((theta, tuple(row.tolist())))
+    a = tuple(tuple(row[: stages + 1 + i].tolist()) for i, row in enumerate(method.A_EXTRA))
+    return Inside(7, a, tuple(rows))
+
+
+def _published(
+    name: str, order: int, method: Any, errors: dict[int, Array], source: str, inside: Inside | None = None
+) -> Tableau:
     """The tableau that a class of scipy holds, and what its estimates b − b̂ are, by the order of b̂."""
     a = tuple(tuple(method.A[i, :i].tolist()) for i in range(method.n_stages))
     rows = tuple(tuple(row.tolist()) for row in errors.values())
-    return Tableau(name, order, a, tuple(method.B.tolist()), source, tuple(method.C.tolist()), rows, tuple(errors))
+    return Tableau(
+        name, order, a, tuple(method.B.tolist()), source, tuple(method.C.tolist()), rows, tuple(errors), inside
+    )
 
 
 BS32 = _published("bs32", 3, scipy.integrate.RK23, {2: -scipy.integrate.RK23.E}, "Bogacki & Shampine 1989")
@@ -210,6 +264,7 @@ DOP853 = _published(
     scipy.integrate.DOP853,
     {5: scipy.integrate.DOP853.E5, 3: scipy.integrate.DOP853.E3},
     "Prince & Dormand 1981; estimates of Hairer, Nørsett & Wanner 1993, II.5 and II.10",
+    _inside_dop853((0.25, 0.5, 0.75)),
 )
 
 
