@@ -18,15 +18,18 @@ from ddim_ode.solvers import (
     Linear,
     Multistep,
     RungeKutta,
+    Scipy,
     Solver,
     Tableau,
+    TorchDiffEq,
     solvers,
 )
 
 __all__ = [
-    "DATA", "NOISE", "Adaptive", "Clock", "EpsilonField", "Gaussian", "Grid", "LatentWarning", "Linear", "ModelWarning", "Multistep",
-    "NoiseSchedule", "Report", "RoundTrip", "RungeKutta", "Solution", "Solver", "Status", "Step", "Tableau", "check",
-    "decode", "encode", "grids", "integrate", "interpolate", "load", "noise", "round_trip", "sample", "slerp", "solvers",
+    "DATA", "NOISE", "Adaptive", "Clock", "EpsilonField", "Gaussian", "Grid", "LatentWarning", "Linear",
+    "ModelWarning", "Multistep", "NoiseSchedule", "Report", "RoundTrip", "RungeKutta", "Scipy", "Solution",
+    "Solver", "Status", "Step", "Tableau", "TorchDiffEq", "check", "decode", "encode", "grids", "integrate",
+    "interpolate", "load", "noise", "round_trip", "sample", "slerp", "solvers",
 ]  # fmt: skip
 
 __version__ = "0.1.0"

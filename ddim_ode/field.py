@@ -345,6 +345,12 @@ class EpsilonField:
             return None
         return next((p for p in self.model.parameters() if p.is_floating_point()), None)
 
+    def parameters(self) -> tuple[Tensor, ...]:
+        """What gradients may be taken to: the model's parameters and conditions that require them."""
+        own = tuple(self.model.parameters()) if isinstance(self.model, nn.Module) else ()
+        given = (x for x in (self.condition, self.null_condition) if x is not None)
+        return tuple(x for x in (*own, *given) if x.requires_grad)
+
     @property
     def dtype(self) -> torch.dtype | None:
         """What the model computes in; None: whatever the state is in."""

@@ -7,6 +7,7 @@ import difflib
 from ddim_ode.solvers.adaptive import Adaptive
 from ddim_ode.solvers.base import Clock, Solver, arctan, asinh, clock
 from ddim_ode.solvers.multistep import DATA, NOISE, Gaussian, Linear, Multistep
+from ddim_ode.solvers.references import Scipy, TorchDiffEq
 from ddim_ode.solvers.runge_kutta import BS32, DOP853, DOPRI5, EES25, HEUN, KUTTA3, MIDPOINT, RK4, RungeKutta, Tableau
 
 __all__ = [
@@ -18,8 +19,10 @@ __all__ = [
     "Multistep",
     "NOISE",
     "RungeKutta",
+    "Scipy",
     "Solver",
     "Tableau",
+    "TorchDiffEq",
     "arctan",
     "asinh",
     "clock",
@@ -46,6 +49,8 @@ _MEMBERS: dict[str, Solver] = {
         *(RungeKutta(tableau) for tableau in (MIDPOINT, HEUN, KUTTA3, RK4, EES25)),
         RungeKutta(HEUN, euler_at_zero=True),
         *(Adaptive(tableau) for tableau in (BS32, DOPRI5, DOP853)),
+        *(TorchDiffEq(method) for method in ("dopri5", "dopri8")),
+        *(Scipy(method) for method in ("DOP853", "LSODA")),
     )
 }
 
