@@ -308,7 +308,9 @@ class Adaptive(Solver):
         h = np.where(lands, end, np.asarray(u.u(ahead))) - start  # signed, as the σ it leads to are
         at = np.clip(u.sigma(start[:, None] + h[:, None] * c), low, high)
         at = np.where(c == 0.0, sigma[:, None], np.where(c == 1.0, ahead[:, None], at))
-        return _Plan(at, h[:, None] * np.asarray(u.slope(at)), np.abs(h), wanted)
+        return _Plan(
+            at, h[:, None] * np.asarray(u.slope(at)), np.abs(h), np.where(lands | (2.0 * wanted > left), wanted, 0.0)
+        )
 
     def _try(
         self, field: Field, x: Tensor, first: Tensor, rows: Tensor, plan: _Plan
@@ -349,7 +351,7 @@ class Adaptive(Solver):
         back = np.where(finite, np.clip(_SAFETY * size ** (-1.0 / order), _SHRINK, 1.0), _CUT)
         h = plan.h * np.where(good, steady, back)
         # A step that only a node cut short says little against the one that was wanted.
-        run.h[rows] = np.where(good & (plan.h < plan.wanted), np.maximum(h, plan.wanted), h)
+        run.h[rows] = np.where(good, np.maximum(h, plan.uncut), h)
         run.ratios[:, rows] = np.where(good, np.stack((np.maximum(size, _LEAST), before)), (before, earlier))
         run.sigma[rows] = np.where(good, plan.at[:, -1], run.sigma[rows])
         run.held[rows] = ~good
@@ -361,15 +363,15 @@ class Adaptive(Solver):
 
 @dataclass(frozen=True)
 class _Plan:
-    """An attempt of some samples: σ of their stages and end (A, s + 1), h dσ/du there, and |h| as it is and as wanted."""
+    """An attempt of some samples: σ of their stages and end (A, s + 1), h dσ/du there, |h|, and the h that a node cut short, or 0."""
 
     at: Array
     worth: Array
     h: Array
-    wanted: Array
+    uncut: Array
 
     def of(self, kept: Array) -> _Plan:
-        return _Plan(self.at[kept], self.worth[kept], self.h[kept], self.wanted[kept])
+        return _Plan(self.at[kept], self.worth[kept], self.h[kept], self.uncut[kept])
 
 
 def _ends(grid: Grid) -> tuple[float, float]:

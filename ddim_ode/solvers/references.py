@@ -217,6 +217,9 @@ class TorchDiffEq(_Reference):
         given: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol, "method": self.method, "options": options}
         status = Status.SUCCESS
         try:
+            if torch.is_grad_enabled() and not self.adjoint:
+                # It would differentiate its first step too, and by half: our field takes σ as a number.
+                given["options"] = {**options, "first_step": self._first_step(ask, x_bar, times, given)}
             if self.adjoint:
                 given["adjoint_options"] = {**options, "step_t": times[:1]}
                 end = odeint_adjoint(followed, x_bar, times, adjoint_params=params, **given)[-1]
@@ -236,6 +239,27 @@ class TorchDiffEq(_Reference):
             nodes = [node for a, b in pairs for node in (a, *_inside(ask, a[1], a[0], b[0]))]
         return _Part(end, to, status, *counts, nodes)
 
+    @staticmethod
+    def _first_step(ask: Ask, x_bar: Tensor, times: Tensor, given: dict[str, Any]) -> float:
+        """What it would choose, for two calls."""
+        from torchdiffeq import odeint
+
+        def stop(t: Tensor, x_bar: Tensor, dt: Tensor) -> None:
+            raise _Chosen(float(dt))
+
+        probe = _Followed(ask, x_bar, 0.0, False)
+        probe.callback_step = stop  # type: ignore[method-assign]
+        try:
+            with torch.no_grad():
+                odeint(probe, x_bar, times, **given)
+        except _Chosen as chosen:
+            return float(chosen.args[0])
+        raise AssertionError("torchdiffeq made no step")
+
+
+class _Chosen(Exception):
+    """The first step that torchdiffeq chose."""
+
 
 class _Followed:
     """The field as torchdiffeq sees it, and what it says of its steps on the way."""
@@ -246,15 +270,15 @@ class _Followed:
         self.nodes: list[Node] = []
 
     def __call__(self, t: Tensor, x_bar: Tensor) -> Tensor:
-        return self.ask(x_bar, float(t))
+        return self.ask(x_bar, float(t.detach()))
 
     def callback_step(self, t: Tensor, x_bar: Tensor, dt: Tensor) -> None:
-        self.sigma, self.x_bar = float(t), x_bar
+        self.sigma, self.x_bar = float(t.detach()), x_bar
 
     def callback_accept_step(self, t: Tensor, x_bar: Tensor, dt: Tensor) -> None:
         self.accepted += 1
         if self.dense and not self.over:
-            self.nodes.append((float(t), x_bar, True))
+            self.nodes.append((float(t.detach()), x_bar, True))
 
     def callback_reject_step(self, t: Tensor, x_bar: Tensor, dt: Tensor) -> None:
         self.rejected += 1
