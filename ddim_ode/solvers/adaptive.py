@@ -72,7 +72,7 @@ class _Run:
     sigma: Array
     h: Array  # the next step, in the clock, positive
     ratios: Array  # r of the last two accepted steps, (2, B)
-    held: Array  # whether the last attempt was rejected
+    held: Array  # whether the last attempt was rejected: 1, or 2 if it was not finite
     cuts: Array
     status: Array
     accepted: Array
@@ -191,7 +191,7 @@ class Adaptive(Solver):
             visit(rows, torch.from_numpy(sigma), x_bar, slope)
         none = np.zeros(count, dtype=np.int64)
         run = _Run(
-            u, grid.sigmas, slope, sigma, np.zeros(count), np.ones((2, count)), none > 0, none, none, none, none, none + 1
+            u, grid.sigmas, slope, sigma, np.zeros(count), np.ones((2, count)), none, none, none, none, none, none + 1
         ).copy()  # fmt: skip
         start, end = float(u.u(grid.sigmas[0])), float(u.u(grid.sigmas[-1]))
         with torch.no_grad():
@@ -301,7 +301,7 @@ class Adaptive(Solver):
         lost = run.cuts[rows] > _CUTS
         if (spent | stuck | lost).any():
             run.status[rows[spent]] = Status.MAX_STEPS
-            run.status[rows[stuck]] = np.where(run.cuts[rows[stuck]] > 0, Status.NONFINITE, Status.STALLED)
+            run.status[rows[stuck]] = np.where(run.held[rows[stuck]] == 2, Status.NONFINITE, Status.STALLED)
             run.status[rows[lost]] = Status.NONFINITE
             return None
         c = np.append(self.tableau.c, 1.0)
@@ -347,14 +347,14 @@ class Adaptive(Solver):
         before, earlier = run.ratios[:, rows]
         steady = size ** (-(p + i + d) / order) * before ** ((p + 2.0 * d) / order) * earlier ** (-d / order)
         # Once rejected, a step does not grow at once.
-        steady = np.clip(_SAFETY * steady, _SHRINK, np.where(run.held[rows], 1.0, _GROW))
+        steady = np.clip(_SAFETY * steady, _SHRINK, np.where(run.held[rows] > 0, 1.0, _GROW))
         back = np.where(finite, np.clip(_SAFETY * size ** (-1.0 / order), _SHRINK, 1.0), _CUT)
         h = plan.h * np.where(good, steady, back)
         # A step that only a node cut short says little against the one that was wanted.
         run.h[rows] = np.where(good, np.maximum(h, plan.uncut), h)
         run.ratios[:, rows] = np.where(good, np.stack((np.maximum(size, _LEAST), before)), (before, earlier))
         run.sigma[rows] = np.where(good, plan.at[:, -1], run.sigma[rows])
-        run.held[rows] = ~good
+        run.held[rows] = np.where(good, 0, np.where(finite, 1, 2))
         run.cuts[rows] += ~finite
         run.accepted[rows] += good
         run.rejected[rows] += ~good
