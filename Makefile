@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint bench bench-defaults bench-network bench-network-cifar10 bench-throughput bench-training train \
-        train-cifar10 clean
+.PHONY: demo test test-slow lint bench bench-adaptive bench-defaults bench-network bench-network-cifar10 bench-throughput \
+        bench-training train train-cifar10 clean
 
 demo: .venv/base                    ## compare solvers on the bundled network: a table, figures and JSON in out/demo
 	$(BIN)/ddim-ode compare --out out/demo
@@ -23,6 +23,9 @@ lint: .venv/dev                     ## format, lint and types
 bench: .venv/peers                  ## measured orders, and overhead beside the peers: about eight minutes
 	$(BIN)/python -m benchmarks.convergence
 	$(BIN)/python -m benchmarks.overhead
+
+bench-adaptive: .venv/dev           ## adaptive solvers: errors by tolerance, clocks, batches, torchdiffeq and scipy: a quarter of an hour
+	$(BIN)/python -m benchmarks.adaptive
 
 bench-throughput: .venv/dev         ## images per second of training and sampling with the bundled networks: ten minutes
 	$(BIN)/python -m benchmarks.throughput

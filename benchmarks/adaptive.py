@@ -13,7 +13,7 @@ directions over the whole range of σ::
 ``batch``
     The steps of easy and hard samples in one batch, and alone.
 ``others``
-    The same problems by torchdiffeq and scipy, at the same tolerances.
+    The mixtures by torchdiffeq and scipy, at the same tolerances.
 
 Errors are in data units: x̄/√(1 + σ²), root mean square over a sample's dimensions, the worst sample's. Calls are a
 sample's own, the mean over the batch. The record is ``adaptive.json``.
@@ -22,6 +22,7 @@ sample's own, the mean over the batch. The record is ``adaptive.json``.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -35,8 +36,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.convergence import DIRECTIONS, by_dop853, mixture
-from benchmarks.problems import digits_mixture, problem
-from ddim_ode import Adaptive, Clock, EpsilonField, NoiseSchedule, Scipy, Solver, TorchDiffEq, integrate, noise
+from benchmarks.problems import digits_mixture
+from ddim_ode import Adaptive, Clock, EpsilonField, NoiseSchedule, Scipy, Solver, TorchDiffEq, integrate, load, noise
 from ddim_ode.comparison import circumstances
 from ddim_ode.files import output_folder, write_json
 from ddim_ode.solvers import arctan, asinh
@@ -95,11 +96,14 @@ def exact_cases(samples: int = 4) -> list[Case]:
     return out
 
 
-def network_case(samples: int = 2) -> tuple[Case, float]:
-    """The bundled network, and how far its reference can be trusted."""
-    found = problem("network", samples, seed=0)
-    top = found.field.schedule.sigma_max
-    return Case("network", found.field, found.exact, found.latent * math.sqrt(1.0 + top * top)), found.difference
+def network_case(samples: int = 2) -> Case:
+    """The bundled network. Both ends by the same network in float64: its own float32 is part of the error."""
+    field = load("fashion-mnist")
+    assert field.shape is not None
+    top = field.schedule.sigma_max
+    high = noise(field.shape, samples, 0) * math.sqrt(1.0 + top * top)
+    precise = EpsilonField(copy.deepcopy(field.model).double(), field.schedule)
+    return Case("network", field, integrate(precise, high, [top, 0.0], Adaptive(DOP853, 1e-8, 1e-8)).x_bar, high)
 
 
 def sqrt_t() -> Clock:
@@ -115,7 +119,7 @@ def sqrt_t() -> Clock:
 
 def clocks() -> list[str | Clock]:
     """Those that are compared."""
-    return ["sigma", sqrt_t(), *map(arctan, (0.1, 0.3, 1.0, 3.0)), *map(asinh, (0.01, 0.03, 0.1, 0.3, 1.0, 3.0))]
+    return ["sigma", sqrt_t(), *map(arctan, (0.3, 1.0)), *map(asinh, (0.01, 0.03, 0.1, 0.3, 1.0))]
 
 
 def _name(clock: str | Clock) -> str:
@@ -138,7 +142,8 @@ def by_clock(cases: Sequence[Case]) -> list[dict[str, Any]]:
     """Calls and errors in each clock."""
     rows = []
     for case in cases:
-        for pair in PAIRS:
+        # A call of the network costs a hundred of a mixture's: one pair.
+        for pair in (DOPRI5,) if case.name == "network" else PAIRS:
             for clock in clocks():
                 for direction in DIRECTIONS:
                     for tolerance in NETWORK if case.name == "network" else USED[pair.name]:
@@ -198,7 +203,7 @@ def others(cases: Sequence[Case]) -> list[dict[str, Any]]:
     for case in cases:
         for member in members:
             for direction in DIRECTIONS:
-                for tolerance in NETWORK if case.name == "network" else (1e-3, 1e-5, 1e-7, 1e-9):
+                for tolerance in (1e-3, 1e-5, 1e-7, 1e-9):
                     solver = replace(member, rtol=tolerance, atol=tolerance)
                     name = f"ddim_ode-{member.name}" if isinstance(member, Adaptive) else member.name
                     rows.append({"solver": name, "tolerance": tolerance, **case.error(solver, direction)})
@@ -209,7 +214,7 @@ def measure() -> dict[str, Any]:
     """All parts, as plain data."""
     began = time.perf_counter()
     exact = exact_cases()
-    network, difference = network_case()
+    network = network_case()
     found = by_clock([*exact, network])
     return {
         "study": "adaptive",
@@ -217,13 +222,12 @@ def measure() -> dict[str, Any]:
         "state_dtype": "float64",
         "seconds": None,
         "default_clock": CLOCK.name,
-        "network_reference_difference": difference,
         "proportion": proportion(exact),
         "clocks": found,
         "scores": {pair.name: scores([r for r in found if r["solver"] == pair.name]) for pair in PAIRS}
         | {"all": scores(found)},
         "batch": [batch(case, Adaptive(pair, 1e-6, 1e-6)) for case in exact for pair in PAIRS],
-        "others": others([*exact, network]),
+        "others": others(exact),
     } | {"seconds": round(time.perf_counter() - began, 1)}
 
 
