@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint bench bench-defaults bench-network bench-network-cifar10 bench-peers bench-memory bench-throughput \
-        bench-training train train-cifar10 clean
+.PHONY: demo test test-slow lint bench bench-adaptive bench-defaults bench-network bench-network-cifar10 bench-peers \
+        bench-memory bench-throughput bench-training train train-cifar10 clean
 
 demo: .venv/base                    ## compare solvers on the bundled network: a table, figures and JSON in out/demo
 	$(BIN)/ddim-ode compare --out out/demo
@@ -26,6 +26,9 @@ bench: .venv/peers                  ## measured orders, and overhead beside the 
 
 bench-memory: .venv/dev             ## memory and time of a gradient through sample, plain and checkpointed: five minutes
 	$(BIN)/python -m benchmarks.memory
+
+bench-adaptive: .venv/dev           ## adaptive solvers: errors by tolerance, clocks, batches, torchdiffeq and scipy: a quarter of an hour
+	$(BIN)/python -m benchmarks.adaptive
 
 bench-throughput: .venv/dev         ## images per second of training and sampling with the bundled networks: ten minutes
 	$(BIN)/python -m benchmarks.throughput

@@ -43,7 +43,7 @@ from ddim_ode.comparison import circumstances
 from ddim_ode.files import output_folder, replacing, write_json
 from ddim_ode.models.analytic import GaussianEpsilon, MixtureEpsilon
 from ddim_ode.solvers import get
-from ddim_ode.solvers.runge_kutta import HEUN, KUTTA3, MIDPOINT, RK4
+from ddim_ode.solvers.runge_kutta import BS32, DOP853, DOPRI5, EES25, HEUN, KUTTA3, MIDPOINT, RK4
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -56,6 +56,9 @@ DIRECTIONS = ("sampling", "encoding")
 STEPS = (48, 96, 192)
 #: The same for runs that end or begin at σ = 0, where fewer steps are not asymptotic yet.
 STEPS_TO_ZERO = (96, 192, 384)
+#: The same for orders that leave nothing to measure above float64's rounding after so many steps: on a problem of their
+#: own, :func:`steep`, as the others are too tame to be asymptotic before it.
+STEPS_STEEP = {5: (120, 240, 480), 8: (12, 24, 48)}
 SCHEDULE = NoiseSchedule.linear()
 
 
@@ -63,17 +66,31 @@ SCHEDULE = NoiseSchedule.linear()
 def cases() -> dict[str, Solver]:
     """Every solver whose order is measured, by name.
 
-    All named solvers; the multistep ones with their Runge–Kutta start too; Runge–Kutta in other clocks; and
-    a multistep member that has no name: a Gaussian linear part (not the problem's own).
+    All named solvers but the adaptive ones; the multistep ones with their Runge–Kutta start too; Runge–Kutta in other
+    clocks; the tableaus of the adaptive ones on fixed steps; and a multistep member that has no name: a Gaussian linear
+    part (not the problem's own).
     """
     members = [
-        *solvers(),
+        *(s for s in solvers() if not s.adaptive),
         *(get(f"{s.name}-rk") for s in solvers() if isinstance(s, Multistep) and s.k > 1),
-        *(RungeKutta(tableau, clock=u) for u in ("log", "arctan") for tableau in (MIDPOINT, HEUN, KUTTA3, RK4)),
+        *(RungeKutta(tableau, clock=u) for u in ("log", "arctan") for tableau in (MIDPOINT, HEUN, KUTTA3, RK4, EES25)),
         RungeKutta(RK4, clock="t"),
         Multistep(3, linear=Gaussian(torch.tensor(0.3), torch.tensor(0.7)), start="rk", label="gaussian3"),
     ]
-    return {member.name: member for member in members}
+    fixed = [RungeKutta(tableau, clock=u) for u in ("sigma", "arctan") for tableau in (BS32, DOPRI5, DOP853)]
+    # Their own names are those of the adaptive solvers that use them.
+    pairs: dict[str, Solver] = {f"fixed-{member.name}": member for member in fixed}
+    return {member.name: member for member in members} | pairs
+
+
+def problems_of(solver: Solver) -> tuple[str, ...]:
+    """The problems that a solver's order is measured on: names in :data:`PROBLEMS`."""
+    return ("steep",) if solver.order in STEPS_STEEP else ("gaussian", "mixture")
+
+
+def steps_of(solver: Solver) -> tuple[int, ...]:
+    """The numbers of steps that its order is measured at."""
+    return STEPS_STEEP.get(solver.order, STEPS)
 
 
 def expected_order(solver: Solver, problem: str) -> int:
@@ -173,7 +190,20 @@ def mixture() -> Problem:
     return Problem("mixture", eps, low, high, high_from_zero)
 
 
-PROBLEMS = {"gaussian": gaussian, "mixture": mixture}
+@lru_cache(maxsize=1)
+def steep() -> Problem:
+    r"""No data's ε, but a field that bends enough for orders 5 and 8: :math:`x' = 18\, x \cos(3\sigma + \phi)`, in 32 phases φ."""
+    phase = (torch.arange(32, dtype=torch.float64) * (2.0 * math.pi / 32)).reshape(-1, 1)
+
+    def solution(sigma: float) -> Tensor:
+        return torch.exp(6.0 * torch.sin(3.0 * sigma + phase))
+
+    low = solution(LOW)
+    high_from_zero = low * solution(HIGH) / solution(0.0)
+    return Problem("steep", lambda x, s: 18.0 * x * torch.cos(3.0 * s + phase), low, solution(HIGH), high_from_zero)
+
+
+PROBLEMS = {"gaussian": gaussian, "mixture": mixture, "steep": steep}
 
 _WEIGHTS = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 
@@ -232,7 +262,14 @@ def measured_order(errors: Sequence[float]) -> float:
 def _rows(steps: Sequence[int], low: float) -> list[dict[str, Any]]:
     """Every case over [low, HIGH]; the order is that of the last three numbers of steps."""
     rows = []
-    for (name, solver), grid, direction, problem in itertools.product(cases().items(), GRIDS, DIRECTIONS, PROBLEMS):
+    measured = [
+        (name, solver, problem, steps if solver.order not in STEPS_STEEP else steps_of(solver))
+        for name, solver in cases().items()
+        for problem in problems_of(solver)
+        # Down to 0 such orders are out of float64's sight.
+        if low > 0.0 or problem != "steep"
+    ]
+    for (name, solver, problem, steps), grid, direction in itertools.product(measured, GRIDS, DIRECTIONS):
         found = errors(PROBLEMS[problem](), solver, grid, direction, steps, low)
         rows.append(
             {

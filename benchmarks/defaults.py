@@ -156,7 +156,12 @@ def main() -> None:
     record["reference_difference"] = {name: task.difference for name, task in held_out.items()}
     # A kept choice keeps the circumstances it was made in.
     record = circumstances(dtype=torch.float64) | record
-    record |= {"study": "defaults", "problems": PROBLEMS, "defaults": {k: v._asdict() for k, v in DEFAULTS.items()}, "gain_circumstances": circumstances()}
+    record |= {
+        "study": "defaults",
+        "problems": PROBLEMS,
+        "defaults": {k: v._asdict() for k, v in DEFAULTS.items()},
+        "gain_circumstances": circumstances(),
+    }
     write_json(path, record)
     for direction, best in record.get("ranking", {}).items():
         print(f"\n{direction}: score, solver, grid")

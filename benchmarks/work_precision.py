@@ -194,7 +194,12 @@ def main() -> None:
         except FileNotFoundError as error:
             found = {"missing": str(error)}
         record["problems"][name] = found | {"circumstances": circumstances(dtype=torch.float64)}
-        record |= {"study": "work_precision", "grid": GRID, "defaults": DEFAULTS["sample"]._asdict(), "budgets": BUDGETS}
+        record |= {
+            "study": "work_precision",
+            "grid": GRID,
+            "defaults": DEFAULTS["sample"]._asdict(),
+            "budgets": BUDGETS,
+        }
         record["problems"] = {known: record["problems"][known] for known in SAMPLES if known in record["problems"]}
         write_json(path, record)
         print(f"{name}: done", flush=True)

@@ -13,6 +13,7 @@ from ddim_ode.solution import Outcome, Solution, Status, Step
 from ddim_ode.solvers import (
     DATA,
     NOISE,
+    Adaptive,
     Clock,
     Flow,
     Gaussian,
@@ -20,18 +21,21 @@ from ddim_ode.solvers import (
     Linear,
     Multistep,
     RungeKutta,
+    Scipy,
     SingleStep,
     Solver,
     Tableau,
+    TorchDiffEq,
     fit_gaussian,
     solvers,
 )
 
 __all__ = [
-    "DATA", "NOISE", "Clock", "Dense", "EpsilonField", "Flow", "Gaussian", "Grid", "Ipndm", "LatentWarning",
-    "Linear", "ModelWarning", "Multistep", "NoiseSchedule", "Outcome", "Report", "RoundTrip", "RungeKutta",
-    "SingleStep", "Solution", "Solver", "Status", "Step", "Tableau", "check", "decode", "encode", "fit_gaussian",
-    "grids", "integrate", "interpolate", "load", "noise", "round_trip", "sample", "slerp", "solvers",
+    "DATA", "NOISE", "Adaptive", "Clock", "Dense", "EpsilonField", "Flow", "Gaussian", "Grid", "Ipndm",
+    "LatentWarning", "Linear", "ModelWarning", "Multistep", "NoiseSchedule", "Outcome", "Report", "RoundTrip",
+    "RungeKutta", "Scipy", "SingleStep", "Solution", "Solver", "Status", "Step", "Tableau", "TorchDiffEq", "check",
+    "decode", "encode", "fit_gaussian", "grids", "integrate", "interpolate", "load", "noise", "round_trip",
+    "sample", "slerp", "solvers",
 ]  # fmt: skip
 
 __version__ = "0.1.0"

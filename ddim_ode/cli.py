@@ -146,7 +146,9 @@ def _sheets(
 
 def _print_comparison(record: dict[str, Any]) -> None:
     exact = record["reference"]
-    there, back = (f"{d['solver']} on {d['grid']}" for d in (record["defaults"]["sample"], record["defaults"]["encode"]))
+    there, back = (
+        f"{d['solver']} on {d['grid']}" for d in (record["defaults"]["sample"], record["defaults"]["encode"])
+    )
     print(
         f"{record['samples']} samples and {record['images']} images; grid {record['grid']}; "
         f"default: {there} (encoding: {back})"

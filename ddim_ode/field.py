@@ -20,30 +20,34 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ddim_ode.schedule import NoiseSchedule
 
 __all__ = ["COORDINATES", "Codec", "EpsilonField", "PREDICTIONS", "as_epsilon"]
 
+Array = NDArray[np.float64]
 
 # ε = a x̄ + b · output, by σ, which the caller keeps at or above the first trained level. The score is that of x̄.
-PREDICTIONS: dict[str, Callable[[float], tuple[float, float]]] = {
+# σ is a float, or an array of them with one for each sample.
+PREDICTIONS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "epsilon": lambda sigma: (0.0, 1.0),
     "sample": lambda sigma: (1.0 / sigma, -1.0 / sigma),
-    "v_prediction": lambda sigma: (sigma / (1.0 + sigma**2), 1.0 / math.sqrt(1.0 + sigma**2)),
+    "v_prediction": lambda sigma: (sigma / (1.0 + sigma**2), (1.0 + sigma**2) ** -0.5),
     "score": lambda sigma: (0.0, -sigma),
     "flow": lambda sigma: (1.0 / (1.0 + sigma), 1.0 / (1.0 + sigma)),
 }
 
 #: What a network's input is, as a multiple of x̄, by σ.
-COORDINATES: dict[str, Callable[[float], float]] = {
+COORDINATES: dict[str, Callable[[Any], Any]] = {
     "preserving": lambda sigma: (1.0 + sigma * sigma) ** -0.5,
     "exploding": lambda sigma: 1.0,
     "flow": lambda sigma: 1.0 / (1.0 + sigma),
 }
 
-Evaluate = Callable[[Tensor, float], Tensor]
+#: ``evaluate(x_bar, sigma)``, or ``evaluate(x_bar, sigma, rows)`` for some rows at a σ each: see :meth:`EpsilonField.bind`.
+Evaluate = Callable[..., Tensor]
 
 
 def _disturbs(module: nn.Module) -> bool:
@@ -53,8 +57,8 @@ def _disturbs(module: nn.Module) -> bool:
     )
 
 
-def as_epsilon(prediction: str, coordinates: str, sigma: float) -> tuple[float, float]:
-    """A and b in ε = a x̄ + b · output, at a σ no lower than the first trained level."""
+def as_epsilon(prediction: str, coordinates: str, sigma: Any) -> tuple[Any, Any]:
+    """A and b in ε = a x̄ + b · output, at a σ (or an array of them) no lower than the first trained level."""
     a, b = PREDICTIONS[prediction](sigma)
     # The score in x is that in x̄ over dx/dx̄.
     return (a, b * COORDINATES[coordinates](sigma)) if prediction == "score" else (a, b)
@@ -205,7 +209,7 @@ class EpsilonField:
     @classmethod
     def from_sigma(
         cls,
-        eps: Callable[[Tensor, float], Tensor],
+        eps: Callable[[Tensor, Any], Tensor],
         schedule: NoiseSchedule,
         *,
         shape: tuple[int, ...] | None = None,
@@ -218,7 +222,9 @@ class EpsilonField:
         Parameters
         ----------
         eps : callable
-            ``eps(x_bar, sigma)``, x̄ (B, \*d) and σ ≥ 0 a float; it returns (B, \*d).
+            ``eps(x_bar, sigma)``, x̄ (B, \*d) and σ ≥ 0 a float; it returns (B, \*d). An adaptive solver has samples at
+            different noise levels, and asks with σ a tensor (B, 1, …, 1) that broadcasts against x̄, in its dtype: some of
+            them may be 0, so decide by ``torch.where``, not by ``if``.
         schedule : NoiseSchedule
             What σ runs over.
         shape, dtype, clip, threshold
@@ -346,6 +352,12 @@ class EpsilonField:
             return None
         return next((p for p in self.model.parameters() if p.is_floating_point()), None)
 
+    def parameters(self) -> tuple[Tensor, ...]:
+        """What gradients may be taken to: the model's parameters and conditions that require them."""
+        own = tuple(self.model.parameters()) if isinstance(self.model, nn.Module) else ()
+        given = (x for x in (self.condition, self.null_condition) if x is not None)
+        return tuple(x for x in (*own, *given) if x.requires_grad)
+
     @property
     def dtype(self) -> torch.dtype | None:
         """What the model computes in; None: whatever the state is in."""
@@ -380,7 +392,7 @@ class EpsilonField:
         return self.bind(x_bar, (sigma,))(x_bar, float(sigma))
 
     def bind(self, x_bar: Tensor, sigmas: Iterable[float], rows: slice | Tensor | None = None) -> Evaluate:
-        """The field for one run: all that depends on σ and on the batch's form alone is made here, once.
+        r"""The field for one run: all that depends on σ and on the batch's form alone is made here, once.
 
         Parameters
         ----------
@@ -394,7 +406,9 @@ class EpsilonField:
         Returns
         -------
         callable
-            ``evaluate(x_bar, sigma)``, for states of that shape.
+            ``evaluate(x_bar, sigma)``, for states of that shape and a float σ. And ``evaluate(x_bar, sigma, rows)``
+            for some of the samples, each at its own noise level: x̄ (A, \*d), σ (A,) float64 and `rows` (A,) int64, where
+            those samples stand in the batch. That form waits for the device if σ is there.
         """
         evaluate = self._bind_sigma(x_bar) if self._by_sigma else self._bind_network(x_bar, sigmas, rows)
         return _clipped(evaluate, self.clip or 1.0, self.threshold) if self.clips else evaluate
@@ -407,11 +421,14 @@ class EpsilonField:
     def _bind_sigma(self, like: Tensor) -> Evaluate:
         dtype, state, shape, call = self.dtype or like.dtype, like.dtype, like.shape, self._call
 
-        def evaluate(x_bar: Tensor, sigma: float) -> Tensor:
+        def evaluate(x_bar: Tensor, sigma: Any, rows: Tensor | None = None) -> Tensor:
             self.nfe += 1
+            wanted = shape
+            if rows is not None:
+                wanted, sigma = x_bar.shape, _column(sigma, x_bar, dtype)
             eps = call(x_bar if state == dtype else x_bar.to(dtype), sigma)
-            if not isinstance(eps, Tensor) or eps.shape != shape:
-                raise ValueError(_wrong_shape(eps, shape))
+            if not isinstance(eps, Tensor) or eps.shape != wanted:
+                raise ValueError(_wrong_shape(eps, wanted))
             return eps if eps.dtype == state else eps.to(state)
 
         return evaluate
@@ -430,13 +447,14 @@ class EpsilonField:
         sigma_min = self.schedule.sigma_min
         scaled = COORDINATES[self.coordinates]
 
+        def label_of(levels: Array) -> Array:
+            labels = np.maximum(levels, sigma_min) if self.label == "sigma" else self.schedule.label(levels)
+            return np.rint(labels) if self.label == "nearest" else labels
+
         def learn(levels: Iterable[float]) -> None:
             values = np.fromiter(levels, dtype=np.float64)
-            labels = np.maximum(values, sigma_min) if self.label == "sigma" else self.schedule.label(values)
-            if self.label == "nearest":
-                labels = np.rint(labels)
             # One tensor for all levels, a row each: one copy to the device, not one a level.
-            columns = torch.from_numpy(labels).to(device, label_dtype).unsqueeze(1)
+            columns = torch.from_numpy(label_of(values)).to(device, label_dtype).unsqueeze(1)
             columns = columns.repeat(1, 2 * batch if doubled else batch)
             for sigma, t in zip(values.tolist(), columns.unbind(), strict=True):
                 # A network's σ is never below its first trained level: see the class's notes.
@@ -451,7 +469,23 @@ class EpsilonField:
             context = lambda: torch.autocast(device.type, self.autocast)
         bare = self.autocast is None and not doubled and condition is None and not channels_last
 
-        def evaluate(x_bar: Tensor, sigma: float) -> Tensor:
+        def ask(x: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+            if channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
+            if doubled:
+                x = torch.cat((x, x))
+            with context():
+                out = call(x, t) if condition is None else call(x, t, condition)
+            if doubled:
+                if not isinstance(out, Tensor) or out.shape[0] != x.shape[0]:
+                    raise ValueError(_wrong_shape(out, x.shape))
+                without, given = out.to(state).chunk(2)
+                out = without + scale_by * (given - without)
+            return out
+
+        def evaluate(x_bar: Tensor, sigma: Any, rows: Tensor | None = None) -> Tensor:
+            if rows is not None:
+                return each(x_bar, sigma, rows)
             entry = table.get(sigma)
             if entry is None:
                 learn((sigma,))
@@ -464,24 +498,30 @@ class EpsilonField:
                 x = (x_bar * scale).to(dtype)
             else:
                 x = x_bar.to(dtype).mul_(scale)
-            if bare:
-                out = call(x, t)
-            else:
-                if channels_last:
-                    x = x.contiguous(memory_format=torch.channels_last)
-                if doubled:
-                    x = torch.cat((x, x))
-                with context():
-                    out = call(x, t) if condition is None else call(x, t, condition)
-                if doubled:
-                    if not isinstance(out, Tensor) or out.shape[0] != 2 * batch:
-                        raise ValueError(_wrong_shape(out, (2 * batch, *shape[1:])))
-                    without, given = out.to(state).chunk(2)
-                    out = without + scale_by * (given - without)
+            out = call(x, t) if bare else ask(x, t, condition)
             if not isinstance(out, Tensor) or out.shape != shape:
                 raise ValueError(_wrong_shape(out, shape))
             if out.dtype != state:
                 out = out.to(state)
+            return out if plain else a * x_bar + b * out
+
+        def each(x_bar: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+            values = sigma.detach().cpu().double().numpy()
+            a, b = as_epsilon(self.prediction, self.coordinates, np.maximum(values, sigma_min))
+            numbers = np.stack(np.broadcast_arrays(label_of(values), scaled(values), a, b))
+            labels, *factors = torch.from_numpy(numbers).to(device).unbind()
+            t = labels.to(label_dtype)
+            scale, a, b = (factor.to(state).reshape(-1, *(1,) * (x_bar.ndim - 1)) for factor in factors)
+            chosen = condition
+            if condition is not None:
+                chosen = condition.index_select(0, torch.cat((rows, rows + batch)) if doubled else rows)
+            self.nfe += 1
+            x = (x_bar * scale).to(dtype)
+            t = t.repeat(2) if doubled else t
+            out = call(x, t) if bare else ask(x, t, chosen)
+            if not isinstance(out, Tensor) or out.shape != x_bar.shape:
+                raise ValueError(_wrong_shape(out, x_bar.shape))
+            out = out.to(state)
             return out if plain else a * x_bar + b * out
 
         return evaluate
@@ -490,19 +530,23 @@ class EpsilonField:
 def _clipped(evaluate: Evaluate, most: float, quantile: float | None) -> Evaluate:
     """ε of the predicted data kept within bounds; at σ = 0, where ε does not enter them, as it is."""
 
-    def bounded(x_bar: Tensor, sigma: float) -> Tensor:
+    def excess(data: Tensor) -> Tensor:
+        if quantile is None:
+            return data - data.clamp(-most, most)
+        bound = _quantile(data.flatten(1).abs(), quantile).clamp(min=most)
+        bound = bound.reshape(-1, *(1,) * (data.ndim - 1))
+        return data - torch.maximum(torch.minimum(data, bound), -bound) * (most / bound)
+
+    # Not (x̄ − kept)/σ, which loses the digits of an ε that needed no clipping where σ is small.
+    def bounded(x_bar: Tensor, sigma: Any, rows: Tensor | None = None) -> Tensor:
+        if rows is not None:
+            eps, sigma = evaluate(x_bar, sigma, rows), _column(sigma, x_bar, x_bar.dtype)
+            above = torch.where(sigma > 0.0, sigma, torch.ones_like(sigma))
+            return torch.where(sigma > 0.0, eps + excess(x_bar - sigma * eps) / above, eps)
         eps = evaluate(x_bar, sigma)
         if sigma == 0.0:
             return eps
-        data = x_bar.add(eps, alpha=-sigma)
-        if quantile is None:
-            kept = data.clamp(-most, most)
-        else:
-            bound = _quantile(data.flatten(1).abs(), quantile).clamp(min=most)
-            bound = bound.reshape(-1, *(1,) * (data.ndim - 1))
-            kept = torch.maximum(torch.minimum(data, bound), -bound) * (most / bound)
-        # Not (x̄ − kept)/σ, which loses the digits of an ε that needed no clipping where σ is small.
-        return eps.add(data - kept, alpha=1.0 / sigma)
+        return eps.add(excess(x_bar.add(eps, alpha=-sigma)), alpha=1.0 / sigma)
 
     return bounded
 
@@ -517,6 +561,11 @@ def _quantile(x: Tensor, q: float) -> Tensor:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _column(sigma: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A σ for each sample, (A,), as (A, 1, …, 1) beside the state (A, \\*d)."""
+    return sigma.to(like.device, dtype).reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def _rows(condition: Tensor | None, rows: slice | Tensor | None, batch: int, name: str) -> Tensor | None:

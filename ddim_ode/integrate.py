@@ -139,6 +139,7 @@ class _Watched:
         self.node: float | None = None  # where the step began, until its slope there is known
         self.slope: Tensor | None = None
         self.visits: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+        self.parameters: tuple[Tensor, ...] = ()  # what an adjoint takes gradients to, besides the state
 
     def __call__(self, x_bar: Tensor, sigma: float | Tensor, rows: Tensor | None = None) -> Tensor:
         self.calls += 1
@@ -167,6 +168,7 @@ def _run(
 ) -> Solution:
     nodes = grid.sigmas.tolist()
     evaluate = _Watched(field.bind(start, solver.stages(grid), rows), dense)
+    evaluate.parameters = field.parameters()
     states = [start] if trajectory or dense else None
     slopes: list[Tensor | None] = []
     x_bar, state = start, solver.init(evaluate, start, grid)
@@ -207,6 +209,11 @@ def _run(
             for i, sigma in zip(failed.tolist(), sigmas, strict=True):
                 reached[i], status[i] = sigma, Status.NONFINITE
     kept = None if states is None else torch.stack(states)
+    if outcome is not None and kept is not None and any(outcome.status):
+        # A sample that stopped early holds its last state, which is not one at the nodes beyond.
+        sign = 1.0 if grid.encoding else -1.0
+        beyond = torch.tensor([[sign * (s - to) > 0.0 for to in outcome.sigma] for s in nodes[: done + 1]])
+        kept = kept.masked_fill(beyond.to(kept.device).reshape(*beyond.shape, *(1,) * (start.ndim - 1)), torch.nan)
     pieces: tuple[Dense, ...] = ()
     if dense and evaluate.visits:
         pieces = _each_dense(evaluate.visits, count, solver.order)

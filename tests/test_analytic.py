@@ -156,3 +156,26 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 def test_bad_parameters_are_refused(make, says):
     with pytest.raises((ValueError, TypeError), match=says):
         make()
+
+
+@pytest.mark.parametrize(
+    "exact",
+    [
+        GaussianEpsilon(MEANS[0], COVARIANCES[0]),
+        GaussianEpsilon(torch.zeros(D), torch.tensor([1.0, 0, 0, 0, 0])),
+        MixtureEpsilon(WEIGHTS, MEANS, COVARIANCES),
+        MixtureEpsilon(WEIGHTS, MEANS, torch.zeros(3, D, D)),
+        EmpiricalEpsilon(MEANS, chunk=2),
+    ],
+    ids=["gaussian", "flat gaussian", "mixture", "points", "empirical"],
+)
+def test_a_noise_level_for_each_sample(exact):
+    """Samples at 0 among them, whose gradients must be finite too."""
+    levels = [0.0, 0.05, 0.7, 30.0]
+    column = torch.tensor(levels, dtype=torch.float64)[:, None]
+    x = X.clone().requires_grad_()
+    found = exact(x, column)
+    wanted = torch.cat([exact(X[i : i + 1], s) for i, s in enumerate(levels)])
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    assert bool(gradient.isfinite().all())

@@ -486,3 +486,64 @@ def test_training_mode_with_dropout_is_warned_about():
     with pytest.warns(UserWarning, match=r"model.eval\(\)"):
         EpsilonField(network, LINEAR)
     EpsilonField(network.eval(), LINEAR)
+
+
+# -- a noise level for each sample ---------------------------------------------------------------
+LEVELS = [0.0, 0.3, 40.0]
+SIGMAS = torch.tensor(LEVELS, dtype=torch.float64)
+
+
+def one_by_one(field, **options):
+    """Each sample at its own level, by the form that takes one level for all."""
+    return torch.cat([field.bind(X[i : i + 1], (), rows=slice(i, i + 1))(X[i : i + 1], LEVELS[i]) for i in range(3)])
+
+
+def wavy(x, t, *condition):
+    out = torch.tanh(x) * torch.cos(t / 200.0).reshape(-1, 1, 1).to(x.dtype)
+    return out * condition[0].reshape(-1, 1, 1) if condition else out
+
+
+GIVEN, NULL = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([[0.5]]).double().reshape(1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"prediction": p} for p in PREDICTIONS),
+        *({"prediction": "score", "coordinates": c} for c in ("preserving", "exploding", "flow")),
+        {"label": "nearest"},
+        {"label": "sigma"},
+        {"dtype": torch.float32},
+        {"condition": GIVEN},
+        {"condition": NULL},
+        {"condition": GIVEN, "null_condition": NULL, "guidance_scale": 2.5},
+        {"clip": 0.4},
+        {"threshold": 0.7},
+    ],
+    ids=str,
+)
+def test_a_level_for_each_sample_is_each_sample_at_its_level(options):
+    field = EpsilonField(wavy, LINEAR, **options)
+    found = field.bind(X, ())(X, SIGMAS, torch.arange(3))
+    assert found.dtype == X.dtype
+    tolerance = 1e-6 if "dtype" in options else 1e-12
+    torch.testing.assert_close(found, one_by_one(field), rtol=tolerance, atol=tolerance)
+    # Some of them, in another order: conditions go with their samples.
+    rows = torch.tensor([2, 0])
+    torch.testing.assert_close(field.bind(X, ())(X[rows], SIGMAS[rows], rows), found[rows], rtol=1e-12, atol=1e-12)
+    calls = field.nfe
+    field.bind(X, ())(X, SIGMAS, torch.arange(3))
+    assert field.nfe == calls + 1
+
+
+def test_from_sigma_sees_a_column_of_levels():
+    seen = []
+
+    def eps(x_bar, sigma):
+        seen.append(sigma)
+        return sigma * x_bar
+
+    out = EpsilonField.from_sigma(eps, LINEAR).bind(X.float(), ())(X.float(), SIGMAS, torch.arange(3))
+    assert seen[0].shape == (3, 1, 1)
+    assert seen[0].dtype == torch.float32
+    torch.testing.assert_close(out, X.float() * SIGMAS.float()[:, None, None])

@@ -8,8 +8,10 @@ forms and limits that join one method to another.
 from __future__ import annotations
 
 import doctest
+import itertools
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from ddim_ode import (
     Gaussian,
     Grid,
     Multistep,
+    NoiseSchedule,
     RungeKutta,
     Solver,
     Tableau,
@@ -39,9 +42,11 @@ from ddim_ode import (
 )
 from ddim_ode.models.analytic import GaussianEpsilon, MixtureEpsilon
 from ddim_ode.solvers import get
-from ddim_ode.solvers.runge_kutta import HEUN, KUTTA3, MIDPOINT, RK4
+from ddim_ode.solvers.runge_kutta import BS32, DOP853, DOPRI5, EES25, HEUN, KUTTA3, MIDPOINT, RK4, density, size, trees
 
-ALL = [*solvers(), *(get(f"{s.name}-rk") for s in solvers() if isinstance(s, Multistep) and s.k > 1)]
+#: Those whose calls are known beforehand; adaptive ones have a file of their own.
+ALL = [s for s in solvers() if not s.adaptive]
+ALL += [*(get(f"{s.name}-rk") for s in solvers() if isinstance(s, Multistep) and s.k > 1)]
 CLOCKS = ("sigma", "t", "log", "variance", "arctan", "asinh")
 
 
@@ -311,6 +316,7 @@ BUTCHER = {
     "heun": ((0, 1), ((), (1,)), (1 / 2, 1 / 2)),
     "kutta3": ((0, 1 / 2, 1), ((), (1 / 2,), (-1, 2)), (1 / 6, 4 / 6, 1 / 6)),
     "rk4": ((0, 1 / 2, 1 / 2, 1), ((), (1 / 2,), (0, 1 / 2), (0, 0, 1)), (1 / 6, 2 / 6, 2 / 6, 1 / 6)),
+    "ees25": ((0, 1 / 3, 5 / 6), ((), (1 / 3,), (-5 / 48, 15 / 16)), (1 / 10, 1 / 2, 2 / 5)),
 }
 
 
@@ -746,6 +752,121 @@ def test_every_order_condition_is_checked(broken):
         assert Tableau("modest", order - 1, rows, b).order == order - 1
 
 
+# -- rooted trees --------------------------------------------------------------------------------
+def test_rooted_trees_are_all_there():
+    """As many as there are (OEIS A000081), none twice, and their densities by two of their identities."""
+    assert [len(trees(n)) for n in range(1, 9)] == [1, 1, 2, 4, 9, 20, 48, 115]
+    assert all(len(set(trees(n))) == len(trees(n)) for n in range(1, 9))
+    assert all(size(tree) == n for n in range(1, 9) for tree in trees(n))
+    bushy, tall = ((),) * 7, ()
+    for _ in range(7):
+        tall = (tall,)
+    assert (density(bushy), density(tall)) == (8, math.factorial(8))
+    # Every monotonic labelling of n nodes is one of (n − 1)!: Σ over trees of α(t) = n!/(γ σ).
+    assert sum(math.factorial(8) / density(t) / symmetry(t) for t in trees(8)) == pytest.approx(math.factorial(7))
+
+
+def symmetry(tree: tuple) -> int:
+    """σ(t): how many ways a tree maps onto itself."""
+    repeated = math.prod(math.factorial(tree.count(branch)) for branch in set(tree))
+    return repeated * math.prod(symmetry(branch) for branch in tree)
+
+
+TABLEAUS = [MIDPOINT, HEUN, KUTTA3, RK4, EES25, BS32, DOPRI5, DOP853]
+
+
+@pytest.mark.parametrize("tableau", TABLEAUS, ids=by_name)
+def test_a_perturbed_coefficient_is_refused(tableau):
+    """Each one of a tableau, by one part in 10⁶: of a, b, its estimates, its nodes, and what it has inside a step."""
+
+    def nudged(values: tuple[float, ...], i: int) -> tuple[float, ...]:
+        return (*values[:i], values[i] * (1.0 + 1e-6), *values[i + 1 :])
+
+    def wrong(**change: Any) -> None:
+        with pytest.raises(ValueError, match=f"tableau {tableau.name}"):
+            replace(tableau, **change)
+
+    assert replace(tableau) == tableau
+    for i, value in enumerate(tableau.b):
+        if value:
+            wrong(b=nudged(tableau.b, i))
+    for n, row in enumerate(tableau.a):
+        for i, value in enumerate(row):
+            if value:
+                wrong(a=(*tableau.a[:n], nudged(row, i), *tableau.a[n + 1 :]))
+    for n, row in enumerate(tableau.error):
+        for i, value in enumerate(row):
+            if value:
+                wrong(error=(*tableau.error[:n], nudged(row, i), *tableau.error[n + 1 :]))
+    if tableau.nodes is not None:
+        wrong(nodes=nudged(tableau.nodes, 1))
+    if tableau.inside is not None:
+        for n, (theta, row) in enumerate(tableau.inside.b):
+            wrong(inside=replace(tableau.inside, b=(*tableau.inside.b[:n], (theta, nudged(row, 0)))))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"order": 6}, "claims order 6, but a condition of order 6"),
+        ({"order": 9}, "claims order 9, but conditions are checked up to order 8"),
+        ({"embedded_orders": (5,)}, "the embedded solution 0 of tableau dopri5 claims order 5"),
+        ({"embedded_orders": ()}, "error must hold one or two rows, and embedded_orders an order for each"),
+        ({"error": (DOPRI5.error[0][:-1],)}, "a row of error must hold 7 entries, for 6 stages and the end"),
+        ({"nodes": DOPRI5.c[:-1]}, "nodes must be the row sums of a"),
+        ({"error": DOPRI5.error * 3, "embedded_orders": (4, 4, 4)}, "one or two rows"),
+    ],
+)
+def test_an_embedded_tableau_with_a_mistake_is_refused(change, text):
+    with pytest.raises(ValueError, match=text):
+        replace(DOPRI5, **change)
+
+
+@pytest.mark.parametrize("direction", [1, -1], ids=["encoding", "sampling"])
+def test_ees_comes_back(problems, direction):
+    """EES(2,5): a step and the same step back leave an error of order 6, where the midpoint rule leaves one of order 4."""
+    eps, low = problems["mixture"].eps, problems["mixture"].low
+
+    def defect(solver: Solver, h: float) -> float:
+        field = EpsilonField.from_sigma(eps, NoiseSchedule.linear())
+        there = integrate(field, low, [1.0, 1.0 + direction * h], solver).x_bar
+        back = integrate(field, there, [1.0 + direction * h, 1.0], solver).x_bar
+        return float((back - low).square().mean().sqrt())
+
+    for solver, order in ((get("ees25"), 6), (RungeKutta(EES25, "arctan"), 6), (get("midpoint"), 4)):
+        found = [defect(solver, h) for h in (0.2, 0.1, 0.05)]
+        assert math.log2(found[0] / found[-1]) / 2.0 == pytest.approx(order, abs=0.3)
+
+
+@pytest.mark.parametrize("there", [(0.6, 1.5), (1.5, 0.6)], ids=["encoding", "sampling"])
+def test_ees_round_trips_at_order_5(problems, there):
+    eps, low = problems["mixture"].eps, problems["mixture"].low
+    field, found = EpsilonField.from_sigma(eps, NoiseSchedule.linear()), []
+    for steps in (6, 12, 24):
+        nodes = np.linspace(*there, steps + 1)
+        up = integrate(field, low, nodes, "ees25").x_bar
+        found.append(float((integrate(field, up, nodes[::-1].copy(), "ees25").x_bar - low).square().mean().sqrt()))
+    assert 0.5 * math.log2(found[0] / found[-1]) == pytest.approx(5.0, abs=0.3)
+
+
+def test_heun_of_edm_is_algorithm_1(schedule, field, latent):
+    """Karras et al. 2022, by hand: the second call of a step is made unless it would be at σ = 0."""
+    grid, solver = Grid.make("karras", schedule, 7), get("heun-edm")
+    x = latent * math.sqrt(1.0 + float(grid.sigmas[0]) ** 2)
+    wanted = x
+    for sigma, to in itertools.pairwise(grid.sigmas.tolist()):
+        d = field(wanted, sigma)
+        euler = wanted + (to - sigma) * d
+        wanted = euler if to == 0.0 else wanted + (to - sigma) * (0.5 * d + 0.5 * field(euler, to))
+    run = integrate(field, x, grid, solver)
+    close(run.x_bar, wanted)
+    assert run.nfe == solver.nfe(7) == 13
+    assert [solver.steps(nfe) for nfe in (1, 2, 3, 13, 14, 15)] == [1, 1, 2, 7, 7, 8]
+    # Away from 0 it is Heun's method, and in both directions.
+    inner = Grid.explicit([5.0, 2.0, 0.5], schedule)
+    assert torch.equal(integrate(field, latent, inner, solver).x_bar, integrate(field, latent, inner, "heun").x_bar)
+
+
 # -- counting -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 11])
 @pytest.mark.parametrize("solver", ALL, ids=by_name)
@@ -781,6 +902,7 @@ def test_stated_orders():
         "ddim": 1, "pf-euler": 1, "ab2": 2, "ab3": 2, "ab4": 2, "deis2": 2, "deis3": 2, "deis4": 2,
         "deisx2": 2, "deisx3": 2, "deisx4": 2,
         "arctan2": 2, "arctan3": 2, "arctan4": 2, "dpmpp2m": 2, "dpmpp3m": 2, "midpoint": 2, "heun": 2, "kutta3": 3, "rk4": 4,
+        "ees25": 2, "heun-edm": 2,
         "ab2-rk": 2, "ab3-rk": 3, "ab4-rk": 4, "deis2-rk": 2, "deis3-rk": 3, "deis4-rk": 4,
         "deisx2-rk": 2, "deisx3-rk": 3, "deisx4-rk": 4,
         "arctan2-rk": 2, "arctan3-rk": 3, "arctan4-rk": 4, "dpmpp2m-rk": 2, "dpmpp3m-rk": 3,

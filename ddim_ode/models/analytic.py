@@ -3,7 +3,7 @@ r"""Data distributions whose optimal ε is known exactly: how every solver is ju
 For data with density p, noised to :math:`\bar x = x_0 + \sigma \epsilon`, the optimal noise predictor is
 :math:`\epsilon(\bar x, \sigma) = -\sigma \nabla \log p_\sigma(\bar x) = (\bar x - E[x_0 | \bar x]) / \sigma`. Each class here
 is callable as ``eps(x_bar, sigma)`` and plugs in as ``EpsilonField.from_sigma(eps, schedule)``. They compute in
-the dtype and on the device of the state.
+the dtype and on the device of the state. σ is a float, or a tensor (B, 1, …, 1) of one noise level a sample.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ class GaussianEpsilon:
         )
         self._placed = _Placed(self.mean, self.variance, self.basis)
 
-    def __call__(self, x_bar: Tensor, sigma: float) -> Tensor:
+    def __call__(self, x_bar: Tensor, sigma: float | Tensor) -> Tensor:
         """ε(x̄, σ) = σ U (λ + σ²)⁻¹ Uᵀ (x̄ − μ)."""
         mean, variance, basis = self._placed.like(x_bar)
         turned = (x_bar.flatten(1) - mean) @ basis
+        sigma = _flat(sigma)
         return ((turned * _ratio(sigma, variance)) @ basis.T).reshape(x_bar.shape)
 
     def solution(self, x_bar: Tensor, sigma: float, to: float) -> Tensor:
@@ -115,16 +116,22 @@ class MixtureEpsilon:
         with np.load(path, allow_pickle=False) as file:
             return cls(*(torch.from_numpy(file[name]) for name in ("weights", "means", "covariances")))
 
-    def __call__(self, x_bar: Tensor, sigma: float) -> Tensor:
+    def __call__(self, x_bar: Tensor, sigma: float | Tensor) -> Tensor:
         """ε(x̄, σ): the components' exact ε, weighted by how likely each is to have made x̄."""
+        if isinstance(sigma, Tensor):
+            return _above_zero(self, x_bar, sigma)
         if sigma == 0.0:
             return torch.zeros_like(x_bar)
+        return self._above_zero(x_bar, sigma)
+
+    def _above_zero(self, x_bar: Tensor, sigma: Any) -> Tensor:
         weights, means, variances, bases = self._placed.like(x_bar)
-        flat = x_bar.flatten(1)
+        flat, sigma = x_bar.flatten(1), _flat(sigma)
         turned = [(flat - m) @ u for m, u in zip(means, bases, strict=True)]
-        total = variances + sigma * sigma
+        square = sigma * sigma
+        total = variances + square if isinstance(square, float) else [v + square for v in variances]
         logs = [
-            w.log() - 0.5 * (v.log().sum() + (z * z / v).sum(dim=1))
+            w.log() - 0.5 * (v.log().sum(dim=-1) + (z * z / v).sum(dim=1))
             for w, v, z in zip(weights, total, turned, strict=True)
         ]
         share = torch.stack(logs, dim=1).softmax(dim=1)
@@ -172,11 +179,16 @@ class EmpiricalEpsilon:
         self.data = data.flatten(1)
         self.chunk = chunk
 
-    def __call__(self, x_bar: Tensor, sigma: float) -> Tensor:
+    def __call__(self, x_bar: Tensor, sigma: float | Tensor) -> Tensor:
         """ε(x̄, σ) = (x̄ − E[x₀ | x̄]) / σ."""
+        if isinstance(sigma, Tensor):
+            return _above_zero(self, x_bar, sigma)
         if sigma == 0.0:
             return torch.zeros_like(x_bar)
-        x = x_bar.flatten(1)
+        return self._above_zero(x_bar, sigma)
+
+    def _above_zero(self, x_bar: Tensor, sigma: Any) -> Tensor:
+        x, sigma = x_bar.flatten(1), _flat(sigma)
         best = torch.full((x.shape[0], 1), -torch.inf, dtype=x.dtype, device=x.device)
         mass, mean = torch.zeros_like(best), torch.zeros_like(x)
         for part in self.data.split(self.chunk):
@@ -226,6 +238,21 @@ def _eigen(covariance: Tensor, size: int, name: str) -> tuple[Tensor, Tensor]:
     return variance.clamp(min=0.0), basis
 
 
-def _ratio(sigma: float, variance: Tensor) -> Tensor:
+def _flat(sigma: Any) -> Any:
+    """A σ for each sample as a column beside flattened states; a float as it is."""
+    return sigma.reshape(-1, 1) if isinstance(sigma, Tensor) else sigma
+
+
+def _above_zero(model: Any, x_bar: Tensor, sigma: Tensor) -> Tensor:
+    """ε with a σ for each sample, and 0 for those at σ = 0."""
+    above = sigma > 0.0
+    # Those are asked for at σ = 1 instead: a NaN that is thrown away still spoils gradients.
+    eps = model._above_zero(x_bar, torch.where(above, sigma, torch.ones_like(sigma)))
+    return torch.where(above, eps, torch.zeros_like(eps))
+
+
+def _ratio(sigma: Any, variance: Tensor) -> Tensor:
     """σ/(λ + σ²), and 0 where both vanish: the limit along the data."""
+    if isinstance(sigma, Tensor):
+        return torch.where(sigma > 0.0, sigma / (variance + sigma * sigma), torch.zeros_like(variance))
     return sigma / (variance + sigma * sigma) if sigma > 0.0 else torch.zeros_like(variance)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 
+from ddim_ode.solvers.adaptive import Adaptive
 from ddim_ode.solvers.base import Clock, Solver, arctan, asinh, clock, flow
 from ddim_ode.solvers.ipndm import Ipndm
 from ddim_ode.solvers.multistep import DATA, NOISE, Flow, Gaussian, Linear, Multistep, fit_gaussian
-from ddim_ode.solvers.runge_kutta import HEUN, KUTTA3, MIDPOINT, RK4, RungeKutta, Tableau
+from ddim_ode.solvers.references import Scipy, TorchDiffEq
+from ddim_ode.solvers.runge_kutta import BS32, DOP853, DOPRI5, EES25, HEUN, KUTTA3, MIDPOINT, RK4, RungeKutta, Tableau
 from ddim_ode.solvers.single_step import DPM2S, DPM3S, DPMPP2S, SingleStep
 
 __all__ = [
+    "Adaptive",
     "Clock",
     "DATA",
     "Flow",
@@ -20,9 +23,11 @@ __all__ = [
     "Multistep",
     "NOISE",
     "RungeKutta",
+    "Scipy",
     "SingleStep",
     "Solver",
     "Tableau",
+    "TorchDiffEq",
     "arctan",
     "asinh",
     "clock",
@@ -66,7 +71,11 @@ _MEMBERS: dict[str, Solver] = {
         DPM2S,
         DPM3S,
         DPMPP2S,
-        *(RungeKutta(tableau) for tableau in (MIDPOINT, HEUN, KUTTA3, RK4)),
+        *(RungeKutta(tableau) for tableau in (MIDPOINT, HEUN, KUTTA3, RK4, EES25)),
+        RungeKutta(HEUN, euler_at_zero=True),
+        *(Adaptive(tableau) for tableau in (BS32, DOPRI5, DOP853)),
+        *(TorchDiffEq(method) for method in ("dopri5", "dopri8")),
+        *(Scipy(method) for method in ("DOP853", "LSODA")),
     )
 }
 
