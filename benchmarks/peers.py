@@ -43,7 +43,8 @@ from ddim_ode.sampling import DEFAULTS
 ROOT = Path(__file__).resolve().parents[1]
 BUDGETS = (5, 10, 20, 50)
 #: Latents of each problem.
-SAMPLES = {"digits": 32, "network": 4, "network-cifar10": 4}
+SAMPLES = {"digits": 64, "network": 8, "network-cifar10": 4}
+OTHERS = 32
 #: Members of ours that run beside the default, on the grid of the default.
 NAMED = ("ddim", "ab3", "deis3", "dpmpp2m", "heun")
 #: Our default's error over that of the best peer: at most.
@@ -121,6 +122,9 @@ def contest(package: str, task: Problem, chosen: Callable[[str, int], bool]) -> 
         "settings": len(settings),
         "runs": len(todo),
         "best": [_best(budget, [row for row in found if "custom" not in row]) for budget, found in rows.items()],
+        "least_median": [
+            min((row["median"] for row in found if "custom" not in row), default=math.nan) for found in rows.values()
+        ],
         "best_custom": [_best(budget, found) for budget, found in rows.items()],
         "samplers": [row for found in rows.values() for row in _first_of_each(found, 1)],
         "close": {str(budget): _close(found) for budget, found in rows.items()},
@@ -180,7 +184,7 @@ def chooser(name: str, package: str, done: dict[str, Any]) -> Callable[[str, int
 def study(name: str, seed: int, done: dict[str, Any]) -> dict[str, Any]:
     """One problem: ours, every package, and who is ahead."""
     began = time.perf_counter()
-    samples = SAMPLES.get(name, 8)
+    samples = SAMPLES.get(name, OTHERS)
     try:
         task = problem(name, samples, seed)
     except (OSError, ImportError) as error:
@@ -204,7 +208,7 @@ def ratios(name: str, own: list[dict[str, Any]], packages: dict[str, Any]) -> li
     """Our default's error over the best peer's, by budget: at its own options, and with nodes of ours as well."""
     targets = TARGETS[_sort(name)]
     rows: list[dict[str, Any]] = []
-    for budget in BUDGETS:
+    for i, budget in enumerate(BUDGETS):
         default = next(row["rms"] for row in own if row["solver"] == "default" and row["nfe"] == budget)
         row: dict[str, Any] = {"nfe": budget, "target": targets[budget]}
         for kind, end in (("best", ""), ("best_custom", "_custom")):
@@ -217,6 +221,10 @@ def ratios(name: str, own: list[dict[str, Any]], packages: dict[str, Any]) -> li
             peer = min(errors, key=lambda package: errors[package]) if errors else None
             ratio = math.nan if peer is None else default / errors[peer]
             row |= {f"peer{end}": peer, f"ratio{end}": ratio}
+        medians = [found["least_median"][i] for found in packages.values() if "least_median" in found]
+        own_median = next(r["median"] for r in own if r["solver"] == "default" and r["nfe"] == budget)
+        # NaN where nobody could run.
+        row["ratio_median"] = own_median / min((x for x in medians if math.isfinite(x)), default=math.nan)
         rows.append(row | {"met": None if row["peer"] is None else row["ratio"] <= targets[budget]})
     return rows
 
@@ -261,13 +269,13 @@ def table(record: dict[str, Any]) -> str:
     lines = [
         "| problem | calls | default | "
         + " | ".join(names)
-        + " | default / best peer | target | with nodes handed to it |"
+        + " | default / best peer | target | with nodes handed to it | medians |"
     ]
-    lines.append("|---" * (len(names) + 6) + "|")
+    lines.append("|---" * (len(names) + 7) + "|")
     settings = ["", "| problem | calls | package | sampler | setting |", "|---|---|---|---|---|"]
     for name, found in record["problems"].items():
         if "missing" in found:
-            lines.append(f"| {name} | | not run: {found['missing']} |" + " |" * (len(names) + 3))
+            lines.append(f"| {name} | | not run: {found['missing']} |" + " |" * (len(names) + 4))
             continue
         for ratio in found["ratios"]:
             budget = ratio["nfe"]
@@ -288,6 +296,7 @@ def table(record: dict[str, Any]) -> str:
             other = ratio["ratio_custom"]
             cells += ["–" if ratio["ratio"] is None else f"{ratio['ratio']:.2f}{missed}", f"{ratio['target']:g}"]
             cells.append("–" if other is None else f"{other:.2f} ({ratio['peer_custom']})")
+            cells.append("–" if ratio["ratio_median"] is None else f"{ratio['ratio_median']:.2f}")
             lines.append(f"| {name} | {budget} | " + " | ".join(cells) + " |")
     return "\n".join(lines + settings)
 

@@ -27,8 +27,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from ddim_ode.solvers.adaptive import Adaptive
-from ddim_ode.solvers.references import Scipy, TorchDiffEq
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -41,6 +39,8 @@ from ddim_ode.metrics import rms
 from ddim_ode.plotting import STYLE, save_figure
 from ddim_ode.sampling import DEFAULTS
 from ddim_ode.solvers import get
+from ddim_ode.solvers.adaptive import Adaptive
+from ddim_ode.solvers.references import Scipy, TorchDiffEq
 from ddim_ode.solvers.runge_kutta import EES25
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,8 +70,8 @@ ADAPTIVE = ("bs32", "dopri5", "dop853", "torchdiffeq-dopri5", "torchdiffeq-dopri
 def contenders(task: Problem, tolerances: list[float]) -> Iterator[tuple[str, float, Solver, Grid]]:
     """Name, budget or tolerance, solver and grid of every run."""
     for budget in BUDGETS:
-        solver, rule, options = DEFAULTS["sample"]
-        yield "default", budget, get(solver), task.grid(rule, get(solver).steps(budget), **options)
+        default, (_, rule, options) = get(DEFAULTS["sample"].solver), DEFAULTS["sample"]
+        yield "default", budget, default, task.grid(rule, default.steps(budget), **options)
         for name in FIXED:
             if get(name).nfe(1) <= budget:
                 yield name, budget, get(name), task.grid(GRID, get(name).steps(budget))

@@ -65,7 +65,7 @@ _MEMBERS: dict[str, Solver] = {
         *(Multistep(k - 1, corrector="pece", label=f"abm{k}-pece", source=_PECE) for k in (2, 3, 4)),
         *(Multistep(k, clock="log", linear=DATA, corrector="free", label=f"unipc{k}", source=_UNIPC) for k in (2, 3)),
         *(Multistep(k, clock="flow", linear=Flow(), label=f"flow{k}", source=_FLOW) for k in (2, 3)),
-        Multistep(4, clock="paced", linear=Flow(0.1), corrector="free", label="flowdown5", source=_DOWN),
+        Multistep(4, clock="paced", linear=Flow(0.15), corrector="free", label="flowdown5", source=_DOWN),
         Multistep(3, clock=arctan(0.1), linear=Flow(0.02), corrector="free", label="flowup4", source=_UP),
         Ipndm(),
         DPM2S,
