@@ -59,7 +59,16 @@ STEPS_TO_ZERO = (96, 192, 384)
 #: The same for orders that leave nothing to measure above float64's rounding after so many steps: on a problem of their
 #: own, :func:`steep`, as the others are too tame to be asymptotic before it.
 STEPS_STEEP = {5: (120, 240, 480), 8: (12, 24, 48)}
+#: The same for members whose first step is no better than the rest of the run, but so good that what it leaves behind is
+#: not seen over fewer steps; and for weights that miss the slope on uneven steps by little.
+STEPS_LATE = {
+    "flowdown5-rk": (240, 480, 960), "flowup4": (768, 1536, 3072), "ipndm": (768, 1536, 3072), "unipc3": (192, 384, 768),
+}  # fmt: skip
 SCHEDULE = NoiseSchedule.linear()
+#: Levels between the nodes of every grid of the study, and as evenly spread as so few can be: for dense output.
+BETWEEN = LOW + (HIGH - LOW) * np.sort(np.arange(1.0, 49.0) * 0.6180339887498949 % 1.0)
+#: What the package and its pages say of measured orders is read from here.
+ORDERS = ROOT / "ddim_ode/solvers/orders.json"
 
 
 # -- cases --------------------------------------------------------------------------------------
@@ -90,17 +99,21 @@ def problems_of(solver: Solver) -> tuple[str, ...]:
 
 def steps_of(solver: Solver) -> tuple[int, ...]:
     """The numbers of steps that its order is measured at."""
-    return STEPS_STEEP.get(solver.order, STEPS)
+    return STEPS_LATE.get(solver.name) or STEPS_STEEP.get(solver.order, STEPS)
 
 
-def expected_order(solver: Solver, problem: str) -> int:
-    r"""The order theory gives a solver on a problem: its own, but for one superconvergent pair.
+def expected_order(solver: Solver, problem: str, grid: str = "jittered") -> int:
+    r"""The order theory gives a solver on a problem: its own, but for one superconvergent pair, and for iPNDM.
 
     The explicit midpoint rule in σ has the leading local error :math:`h^3 (x'''/24 + a x''/8)` on a linear field
     :math:`x' = a(\sigma) x`. On Gaussian data :math:`x = \sqrt{\lambda + \sigma^2}` times a constant and
     :math:`a = \sigma/x^2`, so that :math:`x'' = \lambda/x^3`, :math:`x''' = -3\lambda\sigma/x^5`, and the two terms
     cancel: the order is 3 there, in both directions and on any grid.
+
+    iPNDM's order of 1 is that of any grid; where steps change smoothly it is 2.
     """
+    if solver.name == "ipndm" and grid != "jittered":
+        return 2
     return 3 if (solver.name, problem) == ("midpoint", "gaussian") else solver.order
 
 
@@ -112,9 +125,10 @@ def smooth_at_zero(solver: Solver) -> bool:
     So polynomials in σ, arctan σ or asinh σ follow both, polynomials in t follow x̂₀ alone, and none in log σ reaches 0.
     """
     u = getattr(solver, "clock", "sigma")
+    u = u if isinstance(u, str) else u.name.partition("(")[0]
     if isinstance(solver, Multistep) and (solver.linear is DATA or solver.quantity == "score"):
         return u in ("t", "variance")
-    return u in ("sigma", "arctan", "asinh") or getattr(solver, "k", 0) == 1
+    return u in ("sigma", "arctan", "asinh", "flow", "paced") or getattr(solver, "full_order", 0) == 1
 
 
 def sigma_grid(name: str, steps: int, direction: str, low: float = LOW, high: float = HIGH) -> Grid:
@@ -258,12 +272,53 @@ def measured_order(errors: Sequence[float]) -> float:
     return 0.5 * math.log2(errors[-3] / errors[-1])
 
 
+def along(problem: Problem, levels: np.ndarray, low: float = LOW) -> Tensor:
+    """The trajectory from `low` at those rising levels: by the formula, or DOP853 from each to the next."""
+    solve = getattr(problem.eps, "solution", None) or (lambda x, s, to: by_dop853(problem.eps, x, s, to))
+    out, x, sigma = [], problem.low, low
+    for to in levels.tolist():
+        x, sigma = solve(x, sigma, to), to
+        out.append(x)
+    return torch.stack(out)
+
+
+def dense_errors(
+    problem: Problem,
+    solver: Solver,
+    grid: str,
+    direction: str,
+    levels: np.ndarray,
+    truth: Tensor,
+    steps: Sequence[int] = STEPS,
+    low: float = LOW,
+) -> tuple[list[float], list[float]]:
+    """Errors of dense output at `levels`, where `truth` is right, for each number of steps; and at the end of each run.
+
+    Levels within the first five of the fewest steps are left out: a predictor–corrector's first states are Euler's
+    predictions, mended only later, and there it is of that order.
+    """
+    field = EpsilonField.from_sigma(problem.eps, SCHEDULE)
+    high = problem.high if low == LOW else problem.high_from_zero
+    start, end = (problem.low, high) if direction == "encoding" else (high, problem.low)
+    beyond = np.abs(levels - (low if direction == "encoding" else HIGH)) > 5.0 * (HIGH - low) / min(steps)
+    levels, truth = levels[beyond], truth[torch.from_numpy(beyond)]
+    runs = [
+        integrate(field, start, sigma_grid(grid, n, direction, low), solver, save_at=levels.tolist()) for n in steps
+    ]
+    assert not any(np.isin(levels, run.grid.sigmas).any() for run in runs)
+    saved = [run.saved for run in runs if run.saved is not None]
+    rms = lambda difference: float(difference.square().mean().sqrt())
+    return [rms(x - truth) for x in saved], [rms(run.x_bar - end) for run in runs]
+
+
 # -- the record ---------------------------------------------------------------------------------
 def _rows(steps: Sequence[int], low: float) -> list[dict[str, Any]]:
     """Every case over [low, HIGH]; the order is that of the last three numbers of steps."""
     rows = []
+    usual = lambda solver: low == 0.0 or steps_of(solver) == STEPS
+    truth = along(gaussian(), BETWEEN)
     measured = [
-        (name, solver, problem, steps if solver.order not in STEPS_STEEP else steps_of(solver))
+        (name, solver, problem, steps if usual(solver) else steps_of(solver))
         for name, solver in cases().items()
         for problem in problems_of(solver)
         # Down to 0 such orders are out of float64's sight.
@@ -271,6 +326,9 @@ def _rows(steps: Sequence[int], low: float) -> list[dict[str, Any]]:
     ]
     for (name, solver, problem, steps), grid, direction in itertools.product(measured, GRIDS, DIRECTIONS):
         found = errors(PROBLEMS[problem](), solver, grid, direction, steps, low)
+        dense = None
+        if problem == "gaussian" and low > 0.0 and usual(solver):
+            dense = measured_order(dense_errors(gaussian(), solver, grid, direction, BETWEEN, truth)[0])
         rows.append(
             {
                 "solver": name,
@@ -279,9 +337,10 @@ def _rows(steps: Sequence[int], low: float) -> list[dict[str, Any]]:
                 "grid": grid,
                 "direction": direction,
                 # Down to 0 a stated order is a lower bound where it is promised at all.
-                "expected_order": expected_order(solver, problem) if low > 0.0 else None,
+                "expected_order": expected_order(solver, problem, grid) if low > 0.0 else None,
                 "smooth_at_zero": smooth_at_zero(solver),
                 "measured_order": measured_order(found),
+                "dense_order": dense,
                 "steps": list(steps),
                 "nfe": [solver.nfe(n) for n in steps],
                 "errors": found,
@@ -313,6 +372,47 @@ def measure(steps: Sequence[int] = (12, 24, *STEPS)) -> dict[str, Any]:
         "results": rows,
         "to_zero": to_zero,
     }
+
+
+def orders(record: dict[str, Any]) -> dict[str, dict[str, list[float] | None]]:
+    """The least and the greatest order measured of each solver, at the end of a run and of dense output, by name.
+
+    An adaptive solver's are those of its tableau on fixed steps.
+    """
+    found: dict[str, dict[str, list[float] | None]] = {}
+    for name in dict.fromkeys(row["solver"] for row in record["results"]):
+        mine = [row for row in record["results"] if row["solver"] == name]
+        spans = {}
+        for key in ("measured_order", "dense_order"):
+            values = [row[key] for row in mine if row[key] is not None]
+            spans[key] = [round(min(values), 2), round(max(values), 2)] if values else None
+        found[name.removeprefix("fixed-")] = spans
+    return found
+
+
+BEGIN, END = "<!-- solvers:begin -->", "<!-- solvers:end -->"
+
+
+def page() -> str:
+    """The table of all named solvers, as Markdown, from what each says of itself and what was measured."""
+    lines = ["| name | order | measured | dense output | calls a step | start | exact for | states | source |"]
+    lines.append("|---" * 9 + "|")
+    span = lambda found: "–" if found is None else f"{found[0]:.2f} to {found[1]:.2f}"
+    for solver in (*solvers(), *(get(f"{s.name}-rk") for s in solvers() if isinstance(s, Multistep) and s.k > 1)):
+        found = solver.measured or {"measured_order": None, "dense_order": None}
+        lines.append(
+            f"| `{solver.name}` | {solver.order} | {span(found['measured_order'])} | {span(found['dense_order'])} | "
+            f"{solver.nfe_per_step} | {solver.start} | {solver.exact} | {solver.states} | {solver.source} |"
+        )
+    return "\n".join(lines)
+
+
+def write_page() -> None:
+    """Put the table into docs/solvers.md."""
+    path = ROOT / "docs/solvers.md"
+    before, rest = path.read_text("utf-8").split(BEGIN)
+    with replacing(path) as temporary:
+        temporary.write_text(f"{before}{BEGIN}\n{page()}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -410,6 +510,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(1)  # states of a dozen numbers gain nothing from more
         write_json(file, measure())
     record = json.loads(file.read_text(encoding="utf-8"))
+    write_json(ORDERS, orders(record))
+    write_page()
     print(table(record["results"]))
     print("\ndown to sigma = 0")
     print(table(record["to_zero"]))

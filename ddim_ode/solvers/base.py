@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -108,6 +111,11 @@ def clock(name: str | Clock, schedule: NoiseSchedule, steps: int | None = None) 
     return _CLOCKS[name]()
 
 
+@cache
+def _orders() -> dict[str, Any]:
+    return json.loads(files("ddim_ode.solvers").joinpath("orders.json").read_text("utf-8"))
+
+
 class Solver(ABC):
     r"""A method for :math:`d\bar x = \epsilon(\bar x, \sigma)\, d\sigma` on a given grid.
 
@@ -188,6 +196,15 @@ class Solver(ABC):
         error : Tensor or None
             An estimate of the local error, (B, \*d), if the method has one.
         """
+
+    @property
+    def measured(self) -> dict[str, list[float] | None] | None:
+        """Its measured orders, the least and the greatest: ``measured_order`` at the end of a run, ``dense_order`` between nodes.
+
+        Over uniform, quadratic and jittered grids in both directions, as ``python -m benchmarks.convergence`` found and
+        wrote them down; None for a solver it does not know.
+        """
+        return _orders().get(self.name)
 
     def outcome(self, state: Any) -> Outcome | None:
         """What became of each sample, for a solver that watches its samples by itself; None: the loop looks."""
