@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -142,6 +143,48 @@ def test_a_terminal_that_lacks_letters(model, tmp_path, monkeypatch):
     out = str(tmp_path / "σ.npz")
     record = printed("sample", "--model", model, "--nfe", "2", "--n", "1", "--json", "--out", out)
     assert json.loads(record)["out"] == out  # a record loses nothing
+
+
+def test_adaptive_solvers_take_tolerances(model, tmp_path, capsys):
+    common = ["sample", "--model", model, "--n", "2", "--json", "--out", str(tmp_path / "s.npz")]
+    calls = []
+    for tolerance in ("1e-2", "1e-4"):
+        assert main([*common, "--solver", "dopri5", "--rtol", tolerance, "--atol", tolerance]) == 0
+        record = json.loads(capsys.readouterr().out)["sample"]
+        assert len(record["accepted"]) == len(record["rejected"]) == len(record["sample_nfe"]) == 2
+        assert record["rtol"] == record["atol"] == float(tolerance)
+        calls.append(record["nfe"])
+    assert calls[1] > calls[0]
+    for arguments, says in (
+        (["--solver", "ab3", "--rtol", "1e-3"], "--rtol is for solvers that choose their own steps"),
+        (["--atol", "1e-3"], "--atol is for solvers that choose their own steps"),
+        (["--solver", "dopri5", "--rtol", "0"], "rtol must be a number of at least"),
+        (["--solver", "dopri5", "--nfe", "10"], "no budget of steps or nfe"),
+        (["--solver", "dopri5", "--grid", "karras"], "needs steps="),
+    ):
+        assert main([*common, *arguments]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_failures_are_named_by_their_kind(model, tmp_path, capsys, monkeypatch):
+    from ddim_ode import cli
+    from ddim_ode.solvers import get
+
+    few = lambda name: replace(get(name), max_steps=2)
+    monkeypatch.setattr(cli, "get", few)
+    assert main(["sample", "--model", model, "--n", "2", "--solver", "bs32", "--out", str(tmp_path / "s.npz")]) == 1
+    assert "sample: max_steps reached in samples 0, 1" in capsys.readouterr().err
+
+
+def test_solvers_are_listed_with_what_was_measured(capsys):
+    assert main(["solvers", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["ab3"]["measured"]["measured_order"][0] == pytest.approx(2.0, abs=0.2)
+    assert [rows[name]["states"] for name in ("ddim", "ab3", "abm3", "abm3-pece")] == [1, 3, 4, 3]
+    assert rows["dopri5"]["adaptive"]
+    assert not rows["scipy-lsoda"]["differentiable"]
+    assert main(["solvers"]) == 0
+    assert "measured" in capsys.readouterr().out
 
 
 def test_it_is_a_module_too():

@@ -86,13 +86,12 @@ def test_measured_order_is_the_stated_one(problems, name, grid, direction, probl
         "deisx2",
         "deisx4-rk",
         "flow3-rk",
-        "flowdown5",
         "heun-edm",
         "rk4",
     ],
 )
 def test_order_holds_down_to_sigma_zero(problems, name, grid, direction):
-    """For those that are smooth there, sampling's default among them."""
+    """For those that are smooth there, flows among them."""
     solver = CASES[name]
     assert smooth_at_zero(solver)
     assert (

@@ -44,6 +44,8 @@ class Linear(ABC):
     """
 
     name: str
+    #: What a step of any length solves without error, by the part's own quantity.
+    exact: str = "a constant rest"
     #: Whether a(0) is infinite, so that a step cannot leave σ = 0 by the formula.
     singular: bool = False
     #: Whether propagators and weights are arrays over directions, not numbers.
@@ -81,6 +83,7 @@ class _Noise(Linear):
     """No linear part: P = 1, a = 0."""
 
     name = "noise"
+    exact = "constant ε"
 
     def propagator(self, s: Array, to: float) -> Array:
         return np.ones_like(s)
@@ -96,6 +99,7 @@ class _Data(Linear):
     r"""a = 1/σ, P = σ'/s: exact where x̂₀ = x̄ − σε stands still. z = x̂₀."""
 
     name = "data"
+    exact = "constant x̂₀"
     singular = True
 
     def propagator(self, s: Array, to: float) -> Array:
@@ -141,6 +145,7 @@ class Flow(Linear):
 
     c: float = 1.0
     name = "flow"
+    exact = "constant cε − x̂₀"
 
     def __post_init__(self) -> None:
         if not 0.0 < self.c < math.inf:
@@ -185,6 +190,7 @@ class Gaussian(Linear):
     basis: Tensor | None = None
     rest: float | None = None
     name = "gaussian"
+    exact = "its Gaussian"
 
     def __post_init__(self) -> None:
         variance = torch.as_tensor(self.variance, dtype=torch.float64)
@@ -493,11 +499,11 @@ class Multistep(Solver):
     def exact(self) -> str:  # type: ignore[override]
         if self.quantity == "score":
             return "constant score"
-        return {"noise": "constant ε", "data": "constant x̂₀"}.get(self.linear.name, f"{self.linear.name} data")
+        return self.linear.exact
 
     @property
     def states(self) -> int:  # type: ignore[override]
-        return self.k + (2 if self.corrector == "free" else 0)
+        return self.k + {None: 0, "pece": 1, "free": 2}[self.corrector]
 
     @property
     def _starter(self) -> RungeKutta | None:

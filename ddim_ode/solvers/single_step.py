@@ -84,7 +84,7 @@ class SingleStep(Solver):
 
     @property
     def exact(self) -> str:  # type: ignore[override]
-        return {"noise": "constant ε", "data": "constant x̂₀"}.get(self.linear.name, f"{self.linear.name} data")
+        return self.linear.exact
 
     def nfe(self, steps: int) -> int:
         # The last step of sampling goes to σ = 0.
