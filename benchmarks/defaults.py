@@ -1,7 +1,7 @@
 r"""Which pair of solver and grid is most accurate per model call, in each direction; and what it gains over DDIM.
 
-Every candidate pair samples (and encodes back) the same latents of the problems of :data:`PROBLEMS` at four budgets; the
-networks, which are slow, see only those that came close on the mixtures. A pair's score is the geometric mean, over problems
+Every candidate pair samples (and encodes back) the same latents of the problems of :data:`PROBLEMS` at four budgets; each problem
+after the first, slower than the one before, sees only those that came close so far. A pair's score is the geometric mean, over problems
 and budgets, of its RMS error over the least anyone reached there. The family that leads is then refined by Nelder and Mead's
 method, budget by budget: its own numbers are the linear part's c, the clock's, the grid's c and ρ.
 :data:`ddim_ode.sampling.DEFAULTS` are round numbers from there. The gain is measured on latents that had no part in the
@@ -59,7 +59,7 @@ CLOCKS: dict[str, str | Clock] = {
     "paced": "paced",
 }
 LINEARS: tuple[Linear, ...] = (NOISE, DATA, Flow(0.15), Flow(0.02))
-#: A network runs pairs whose score on the mixtures is at most this multiple of the best.
+#: A problem runs the pairs whose score on those before it is at most this multiple of the best.
 CLOSE = 2.5
 #: The family that is refined, by direction: k, and where the search begins (Flow's c, arctan's c, the grid's c and ρ).
 REFINED = {"sample": (4, (0.15, 2.0, 3.0, 2.0)), "encode": (3, (0.03, 0.1, 1.5, 2.2))}
@@ -101,10 +101,10 @@ def choose(tasks: dict[str, Problem]) -> dict[str, Any]:
     """Errors of every pair, and the pairs by score in each direction."""
     rows: list[dict[str, Any]] = []
     close: set[tuple[str, str]] = set()
-    for name, task in sorted(tasks.items(), key=lambda item: item[0].startswith("network")):
+    for name, task in tasks.items():
         pairs = list(itertools.product(GRIDS, members()))
-        if name.startswith("network"):
-            close = close or {(r["solver"], r["grid"]) for d in DEFAULTS for r in ranking(rows, d, CLOSE)}
+        if rows:
+            close = {(r["solver"], r["grid"]) for d in DEFAULTS for r in ranking(rows, d, CLOSE)}
             pairs = [(grid, member) for grid, member in pairs if (member[0], grid) in close]
         for grid, (member, solver) in tqdm(pairs, desc=name, disable=None, leave=False):
             for budget in BUDGETS:

@@ -114,7 +114,7 @@ def measure(task: Problem, name: str, work: float, solver: Solver, grid: Grid) -
 
 def study(name: str) -> dict[str, Any]:
     """All rows of a problem."""
-    task = problem(name, SAMPLES[name], seed=3, nfe=400 if name.startswith("network") else 800)
+    task = problem(name, SAMPLES[name], seed=3)
     tolerances = [x for x in TOLERANCES if x >= FLOOR.get(name, 0.0)]
     runs = list(contenders(task, tolerances))
     rows = [measure(task, *run) for run in tqdm(runs, desc=name, disable=None, leave=False)]

@@ -171,7 +171,7 @@ CONVERGING = [
 
 @pytest.fixture(scope="module")
 def digits():
-    return problem("digits", 3, 5, nfe=300)
+    return problem("digits", 3, 5)
 
 
 @pytest.mark.parametrize(("package", "name", "calls", "most"), CONVERGING)
