@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-slow lint bench bench-adaptive bench-defaults bench-network bench-network-cifar10 bench-peers \
-        bench-memory bench-throughput bench-training train train-cifar10 clean
+        bench-memory bench-throughput bench-work-precision bench-training train train-cifar10 clean
 
 demo: .venv/base                    ## compare solvers on the bundled network: a table, figures and JSON in out/demo
 	$(BIN)/ddim-ode compare --out out/demo
@@ -29,6 +29,9 @@ bench-memory: .venv/dev             ## memory and time of a gradient through sam
 
 bench-adaptive: .venv/dev           ## adaptive solvers: errors by tolerance, clocks, batches, torchdiffeq and scipy: a quarter of an hour
 	$(BIN)/python -m benchmarks.adaptive
+
+bench-work-precision: .venv/dev     ## error against calls and seconds, solver by solver: half an hour
+	$(BIN)/python -m benchmarks.work_precision
 
 bench-throughput: .venv/dev         ## images per second of training and sampling with the bundled networks: ten minutes
 	$(BIN)/python -m benchmarks.throughput

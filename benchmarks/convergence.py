@@ -437,7 +437,7 @@ def table(results: list[dict[str, Any]]) -> str:
 _COLOURS = {1: "#7f7f7f", 2: "#1f77b4", 3: "#e07b00", 4: "#c01f3a"}
 _DRAWN = {
     "ddim": "o", "pf-euler": "x", "ab2": "o", "ab4": "v", "dpmpp2m": "D", "heun": "s", "ab3-rk": "o", "deis3-rk": "^",
-    "dpmpp3m-rk": "D", "kutta3": "s", "ab4-rk": "o", "deis4-rk": "^", "rk4": "s",
+    "dpmpp3m-rk": "D", "abm3": "<", "kutta3": "s", "ab4-rk": "o", "deis4-rk": "^", "abm4-rk": "<", "rk4": "s",
 }  # fmt: skip
 
 

@@ -31,11 +31,13 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import ddim_ode
-from benchmarks.problems import Problem, problem
-from ddim_ode import Grid, RungeKutta, Solution, Solver
+from benchmarks.problems import NETWORKS, Problem, problem
+from ddim_ode import Grid, Multistep, RungeKutta, Solution, Solver, fit_gaussian
 from ddim_ode.comparison import circumstances
 from ddim_ode.files import output_folder, write_json
+from ddim_ode.datasets import dataset
 from ddim_ode.metrics import rms
+from ddim_ode.models.analytic import MixtureEpsilon
 from ddim_ode.plotting import STYLE, save_figure
 from ddim_ode.sampling import DEFAULTS
 from ddim_ode.solvers import get
@@ -67,11 +69,14 @@ FIXED = (
 ADAPTIVE = ("bs32", "dopri5", "dop853", "torchdiffeq-dopri5", "torchdiffeq-dopri8", "scipy-dop853", "scipy-lsoda")
 
 
-def contenders(task: Problem, tolerances: list[float]) -> Iterator[tuple[str, float, Solver, Grid]]:
+def contenders(name: str, task: Problem, tolerances: list[float]) -> Iterator[tuple[str, float, Solver, Grid]]:
     """Name, budget or tolerance, solver and grid of every run."""
+    own = fitted(name, task)
     for budget in BUDGETS:
         default, (_, rule, options) = get(DEFAULTS["sample"].solver), DEFAULTS["sample"]
         yield "default", budget, default, task.grid(rule, default.steps(budget), **options)
+        if own is not None:
+            yield own.name, budget, own, task.grid(rule, budget, **options)
         for name in FIXED:
             if get(name).nfe(1) <= budget:
                 yield name, budget, get(name), task.grid(GRID, get(name).steps(budget))
@@ -83,6 +88,21 @@ def contenders(task: Problem, tolerances: list[float]) -> Iterator[tuple[str, fl
             solver = get(name)
             assert isinstance(solver, (Adaptive, TorchDiffEq, Scipy))
             yield name, tolerance, replace(solver, rtol=tolerance, atol=tolerance), ends
+
+
+def fitted(name: str, task: Problem) -> Multistep | None:
+    """The default's scheme with a Gaussian part fitted to images of the problem's own, where there are any."""
+    if isinstance(task.field.model, MixtureEpsilon):
+        images = task.field.model.sample(4000, torch.Generator().manual_seed(0))
+    elif name in NETWORKS:
+        try:
+            images = torch.from_numpy(dataset(NETWORKS[name]).images[:4000]).double() / 127.5 - 1.0
+        except FileNotFoundError:
+            return None
+    else:
+        return None
+    part = fit_gaussian(images, "low-rank", rank=32)
+    return Multistep(4, clock="paced", linear=part, corrector="free", label="fitted")
 
 
 def measure(task: Problem, name: str, work: float, solver: Solver, grid: Grid) -> dict[str, Any]:
@@ -116,7 +136,7 @@ def study(name: str) -> dict[str, Any]:
     """All rows of a problem."""
     task = problem(name, SAMPLES[name], seed=3)
     tolerances = [x for x in TOLERANCES if x >= FLOOR.get(name, 0.0)]
-    runs = list(contenders(task, tolerances))
+    runs = list(contenders(name, task, tolerances))
     rows = [measure(task, *run) for run in tqdm(runs, desc=name, disable=None, leave=False)]
     return {"samples": SAMPLES[name], "reference_difference": task.difference, "end": task.end, "rows": rows}
 
@@ -124,7 +144,7 @@ def study(name: str) -> dict[str, Any]:
 # -- figures ------------------------------------------------------------------------------------
 #: What is drawn, and how: enough to tell the families apart.
 _DRAWN = {
-    "default": ("black", "o", "-"), "ddim": ("0.6", "o", "-"), "heun-edm": ("tab:brown", "s", "-"),
+    "default": ("black", "o", "-"), "fitted": ("black", "*", ":"), "ddim": ("0.6", "o", "-"), "heun-edm": ("tab:brown", "s", "-"),
     "dpmpp2m": ("tab:orange", "D", "-"), "unipc3": ("tab:red", "D", "-"), "deis3": ("tab:olive", "^", "-"),
     "ab4": ("tab:green", "v", "-"), "abm3": ("tab:cyan", "v", "-"), "ipndm": ("tab:pink", "<", "-"),
     "rk4": ("tab:purple", "s", "-"), "ees25-arctan": ("tab:blue", ">", "-"), "bs32": ("tab:green", "x", "--"),
