@@ -34,8 +34,8 @@ import ddim_ode
 from benchmarks.problems import NETWORKS, Problem, problem
 from ddim_ode import Grid, Multistep, RungeKutta, Solution, Solver, fit_gaussian
 from ddim_ode.comparison import circumstances
-from ddim_ode.files import output_folder, write_json
 from ddim_ode.datasets import dataset
+from ddim_ode.files import output_folder, write_json
 from ddim_ode.metrics import rms
 from ddim_ode.models.analytic import MixtureEpsilon
 from ddim_ode.plotting import STYLE, save_figure
