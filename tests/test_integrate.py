@@ -9,17 +9,22 @@ import torch
 from ddim_ode import (
     DATA,
     NOISE,
+    Adaptive,
+    Clock,
     EpsilonField,
     Gaussian,
     Grid,
     Multistep,
     NoiseSchedule,
+    RungeKutta,
+    SingleStep,
     Solver,
     Status,
     integrate,
     solvers,
 )
 from ddim_ode.models.analytic import GaussianEpsilon
+from ddim_ode.solvers.runge_kutta import HEUN
 
 LINEAR = NoiseSchedule.linear()
 EXACT = GaussianEpsilon(torch.zeros(2, 3), torch.full((2, 3), 0.5))
@@ -97,6 +102,28 @@ def test_a_dtype_that_cannot_hold_the_states_is_refused():
         integrate(field, X, [cosine.sigma_max, 0.0], dtype=torch.float16)
     with pytest.raises(ValueError, match=r"x_bar, as torch.float16, must be finite"):
         integrate(field, 1e6 * X, [1.0, 0.0], dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        ({"sigma": lambda u: np.exp(u) * 1.01}, r"sigma\(u\(σ\)\) is 1.01"),
+        ({"slope": lambda s: 2.0 * s}, "slope.* is 2 times"),
+    ],
+)
+def test_a_clock_that_contradicts_itself_is_refused(part, says):
+    good = {"u": np.log, "sigma": np.exp, "slope": lambda s: s}
+    right, wrong = Clock("mine", **good), Clock("mine", **(good | part))
+    nodes, calls = [4.0, 2.0, 1.0], FIELD.nfe
+    methods = [lambda u: RungeKutta(HEUN, u), lambda u: Adaptive(clock=u)]
+    if "sigma" in part:
+        methods.append(lambda u: SingleStep("s", 2, (0.0, 0.5), ((0,), (1,)), clock=u))
+    for method in methods:
+        with pytest.raises(ValueError, match=says):
+            integrate(FIELD, X, nodes, method(wrong))
+    assert FIELD.nfe == calls
+    for method in methods:
+        assert integrate(FIELD, X, nodes, method(right)).success
 
 
 def test_callbacks_see_every_step():

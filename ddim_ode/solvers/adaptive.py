@@ -29,7 +29,7 @@ from torch import Tensor
 from ddim_ode.grid import Grid
 from ddim_ode.schedule import whole
 from ddim_ode.solution import Outcome, Status
-from ddim_ode.solvers.base import Clock, Field, Solver, asinh, clock
+from ddim_ode.solvers.base import Clock, Field, Solver, asinh, check_clock, clock
 from ddim_ode.solvers.runge_kutta import DOPRI5, Tableau
 
 __all__ = ["Adaptive", "check_tolerances"]
@@ -394,6 +394,7 @@ def _usable(u: Clock, grid: Grid) -> Clock:
     moves = np.diff(ticks)
     if singular.any() or not np.all(slopes > 0.0) or not np.all(moves[np.diff(probe) > 0.0] > 0.0):
         raise ValueError(f"clock {u.name!r} must rise strictly over the run, from sigma = {low:g} to {high:g}")
+    check_clock(u, low, high)
     return u
 
 

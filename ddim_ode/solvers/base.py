@@ -18,7 +18,7 @@ from ddim_ode.grid import Grid
 from ddim_ode.schedule import NoiseSchedule, whole
 from ddim_ode.solution import Outcome
 
-__all__ = ["Clock", "Field", "Solver", "arctan", "asinh", "clock", "flow", "paced"]
+__all__ = ["Clock", "Field", "Solver", "arctan", "asinh", "check_clock", "clock", "flow", "paced"]
 
 Array = NDArray[np.float64]
 
@@ -114,6 +114,30 @@ def clock(name: str | Clock, schedule: NoiseSchedule, steps: int | None = None) 
 @cache
 def _orders() -> dict[str, Any]:
     return json.loads(files("ddim_ode.solvers").joinpath("orders.json").read_text("utf-8"))
+
+
+def check_clock(u: Clock, low: float, high: float, slope: bool = True) -> None:
+    """Refuse a clock whose parts contradict each other between two noise levels: its inverse, and dσ/du if it is needed.
+
+    Raises
+    ------
+    ValueError
+        With the level at which it does, what it says there and what it would have to say.
+    """
+    levels = np.geomspace(max(low, 1e-3 * high), high, 9)[1:-1]
+    with np.errstate(all="ignore"):
+        back = np.asarray(u.sigma(u.u(levels)), dtype=np.float64)
+        step = 1e-5 * levels
+        rise = (np.asarray(u.u(levels + step)) - np.asarray(u.u(levels - step))) / (2.0 * step)
+        told = np.asarray(u.slope(levels), dtype=np.float64) * rise
+    parts = [("sigma(u(σ))", back / levels, 1.0)] + ([("slope(σ) du/dσ", told, 1.0)] if slope else [])
+    for what, found, wanted in parts:
+        if found.shape != levels.shape or not np.all(np.abs(found - wanted) < 1e-4):
+            i = int(np.argmax(~(np.abs(found - wanted) < 1e-4))) if found.shape == levels.shape else 0
+            share = found.ravel()[min(i, found.size - 1)]
+            raise ValueError(
+                f"clock {u.name!r} contradicts itself at sigma = {levels[i]:.4g}: {what} is {share:.6g} times what it must be"
+            )
 
 
 class Solver(ABC):

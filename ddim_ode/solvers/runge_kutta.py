@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddim_ode.grid import Grid
-from ddim_ode.solvers.base import Clock, Field, Solver, clock
+from ddim_ode.solvers.base import Clock, Field, Solver, check_clock, clock
 
 __all__ = ["BS32", "DOP853", "DOPRI5", "EES25", "HEUN", "KUTTA3", "MIDPOINT", "RK4", "RungeKutta", "Tableau"]
 
@@ -356,7 +356,9 @@ class RungeKutta(Solver):
 
 @lru_cache(maxsize=64)
 def _plan(method: RungeKutta, grid: Grid) -> tuple[_Stages, ...]:
-    u, plain = clock(method.clock, grid.schedule), clock("sigma", grid.schedule)
+    u, plain = clock(method.clock, grid.schedule, grid.steps), clock("sigma", grid.schedule)
+    if isinstance(method.clock, Clock):
+        check_clock(u, float(grid.sigmas.min()), float(grid.sigmas.max()))
     ends = zip(grid.sigmas[:-1].tolist(), grid.sigmas[1:].tolist(), strict=True)
     return tuple(method._stages(u, *step) or method._stages(plain, *step) for step in ends)  # type: ignore[misc]
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddim_ode.grid import Grid
-from ddim_ode.solvers.base import Clock, Field, Solver, clock
+from ddim_ode.solvers.base import Clock, Field, Solver, check_clock, clock
 from ddim_ode.solvers.multistep import DATA, NOISE, Linear, Weights, over, ticks_of, weigh
 
 __all__ = ["DPM2S", "DPM3S", "DPMPP2S", "SingleStep"]
@@ -127,6 +127,8 @@ class _Stage(NamedTuple):
 def _plan(method: SingleStep, grid: Grid) -> tuple[tuple[_Stage, ...], ...]:
     u = clock(method.clock, grid.schedule, grid.steps)
     ticks = ticks_of(u, grid)
+    if isinstance(method.clock, Clock):
+        check_clock(u, float(grid.sigmas.min()), float(grid.sigmas.max()), slope=False)
     quantity = "data" if method.linear is DATA else "own"
     out: list[tuple[_Stage, ...]] = []
     for n in range(grid.steps):
