@@ -43,15 +43,15 @@ from ddim_ode.sampling import DEFAULTS
 ROOT = Path(__file__).resolve().parents[1]
 BUDGETS = (5, 10, 20, 50)
 #: Latents of each problem.
-SAMPLES = {"digits": 64, "network": 8, "network-cifar10": 4}
-OTHERS = 32
+SAMPLES = {"digits": 64, "network": 6, "network-cifar10": 3}
+OTHERS = 16
 #: Members of ours that run beside the default, on the grid of the default.
 NAMED = ("ddim", "ab3", "deis3", "dpmpp2m", "heun")
 #: Our default's error over that of the best peer: at most.
 TARGETS = {"mixture": {5: 0.75, 10: 0.5, 20: 0.5, 50: 0.5}, "network": dict.fromkeys(BUDGETS, 0.8)}
 #: What a setting must have come within, of its package's best on another problem, to be run on one that is not swept whole;
 #: and the model calls that all such settings of a package may take there, at each budget.
-WITHIN, CALLS = 3.0, {"mixture": 600, "network": 300}
+WITHIN, CALLS = 3.0, {"mixture": 400, "network": 150}
 SWEPT_WHOLE = "digits"
 
 
@@ -173,9 +173,11 @@ def chooser(name: str, package: str, done: dict[str, Any]) -> Callable[[str, int
             for setting, error in close.items():
                 ratio[setting] = min(ratio.get(setting, math.inf), error / min(close.values()))
         ranked = sorted(ratio, key=lambda setting: ratio[setting])
-        if network:
-            ranked = [setting for setting in ranked if ratio[setting] <= WITHIN][: CALLS["network"] // budget]
-        kept[budget] = {f"{package}/{setting}" for setting in ranked}
+        near = [setting for setting in ranked if ratio[setting] <= WITHIN][: CALLS[_sort(name)] // budget]
+        if not network:  # and the best of every sampler, which is among those kept of the problem that is swept whole
+            best = done.get(SWEPT_WHOLE, {}).get("packages", {}).get(package, {}).get("samplers", ())
+            near += [f"{row['sampler']}: {row['setting']}" for row in best if row["nfe"] == budget]
+        kept[budget] = {f"{package}/{setting}" for setting in near}
     if not any(kept.values()):
         return lambda setting, budget: True
     return lambda setting, budget: setting in kept[budget]
