@@ -150,7 +150,7 @@ def k_diffusion(schedule: NoiseSchedule) -> Iterator[Setting]:
         return task.denoised(x, low) if finish else x
 
     def adaptive(low: float, finish: bool, order: int, h_init: float, task: Task, budget: int) -> Tensor:
-        """The smallest tolerance whose run fits the budget, to a sixth of a decade."""
+        """A tolerance whose run fits the budget, as small as halving finds among sixths of decades."""
         found, tolerances = None, np.logspace(-4.0, 2.0, 37).tolist()
         while tolerances:
             middle = len(tolerances) // 2

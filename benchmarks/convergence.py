@@ -346,7 +346,7 @@ def _rows(steps: Sequence[int], low: float) -> list[dict[str, Any]]:
                 "measured_order": measured_order(found),
                 "dense_order": dense,
                 "steps": list(steps),
-                "nfe": [solver.nfe(n) for n in steps],
+                "nfe": [solver.calls(sigma_grid(grid, n, direction, low)) for n in steps],
                 "errors": found,
             }
         )

@@ -82,14 +82,15 @@ def errors(task: Problem, solver: Solver, grid: str, budget: int) -> tuple[float
     if solver.nfe(1) > budget:
         return None, None
     rule, options = GRIDS[grid]
-    return errors_on(task, solver, Grid.make(rule, task.field.schedule, solver.steps(budget), **options))
+    nodes = Grid.make(rule, task.field.schedule, solver.steps(budget), **options)
+    return error(task, solver, nodes, "sample"), error(task, solver, nodes, "encode")
 
 
-def errors_on(task: Problem, solver: Solver, nodes: Grid) -> tuple[float, float]:
-    """RMS error of sampling and of encoding over these nodes."""
-    there = ddim_ode.sample(task.field, task.latent, grid=nodes, solver=solver).x
-    back = ddim_ode.encode(task.field, task.exact, grid=nodes, solver=solver, data_range=None).x
-    return total(there, task.exact), total(back, task.latent)
+def error(task: Problem, solver: Solver, nodes: Grid, direction: str) -> float:
+    """RMS error over these nodes."""
+    if direction == "sample":
+        return total(ddim_ode.sample(task.field, task.latent, grid=nodes, solver=solver).x, task.exact)
+    return total(ddim_ode.encode(task.field, task.exact, grid=nodes, solver=solver, data_range=None).x, task.latent)
 
 
 def total(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -131,16 +132,17 @@ def refine(tasks: dict[str, Problem]) -> list[dict[str, Any]]:
     """The best numbers of the leading family at each budget, by direction, and what the default makes of the same."""
     rows = []
     for (direction, (k, start)), budget in itertools.product(REFINED.items(), BUDGETS):
-        which = 0 if direction == "sample" else 1
         # The network at 50 calls is nothing but the floor of its reference.
         own = {name: task for name, task in tasks.items() if budget < 50 or not name.startswith("network")}
 
-        def run(values: Any, own: Any = own, k: int = k, budget: int = budget, which: int = which) -> dict[str, float]:
+        def run(
+            values: Any, own: Any = own, k: int = k, budget: int = budget, direction: str = direction
+        ) -> dict[str, float]:
             linear, at, c, rho = np.exp(values).tolist()
             solver = Multistep(k, clock=arctan(at), linear=Flow(linear), corrector="free")
             schedule = next(iter(own.values())).field.schedule
             nodes = Grid.make("flow", schedule, budget, c=c, rho=rho)
-            return {name: errors_on(task, solver, nodes)[which] for name, task in own.items()}
+            return {name: error(task, solver, nodes, direction) for name, task in own.items()}
 
         def loss(values: Any, run: Any = run) -> float:
             if np.abs(values).max() > 5.0:
@@ -160,7 +162,7 @@ def refine(tasks: dict[str, Problem]) -> list[dict[str, Any]]:
                 "nfe": budget,
                 "best": dict(zip(("flow", "arctan", "c", "rho"), np.exp(found.x).tolist(), strict=True)),
                 "errors": run(found.x),
-                "default": {name: errors_on(task, solver, nodes[name])[which] for name, task in own.items()},
+                "default": {name: error(task, solver, nodes[name], direction) for name, task in own.items()},
             }
         )
         print(f"refined {direction} at {budget}: {rows[-1]['best']}", flush=True)

@@ -423,20 +423,27 @@ def plan(
         raise ValueError("steps and nfe are two ways to say one thing: give one of them")
     if nfe is not None:
         nfe = whole(nfe, "nfe", 0)
+    turned = lambda nodes: nodes if nodes.encoding == (direction == "encode") else nodes.reversed()
     if isinstance(grid, str):
-        if steps is None:
-            steps = method.steps(_NFE if nfe is None else nfe)
-        nodes = Grid.make(grid, field.schedule, steps, **options)
-    else:
-        nodes = grid if isinstance(grid, Grid) else Grid.explicit(grid, field.schedule)
-        if steps is not None and steps != nodes.steps:
-            raise ValueError(f"steps = {steps} contradicts the grid given, which has {nodes.steps}: leave one out")
-        if nfe is not None and method.nfe(nodes.steps) > nfe:
-            needed = method.nfe(nodes.steps)
-            raise ValueError(
-                f"nfe = {nfe} does not pay for the {nodes.steps} steps of the grid given: {method.name} takes {needed}"
-            )
-    return method, nodes if nodes.encoding == (direction == "encode") else nodes.reversed()
+        if steps is not None:
+            return method, turned(Grid.make(grid, field.schedule, steps, **options))
+        budget = _NFE if nfe is None else nfe
+        steps = method.steps(budget)
+        nodes = turned(Grid.make(grid, field.schedule, steps, **options))
+        # A run up from σ = 0 may cost a call more than one down to it.
+        while method.calls(nodes) > budget and steps > 1:
+            steps -= 1
+            nodes = turned(Grid.make(grid, field.schedule, steps, **options))
+        return method, nodes
+    nodes = turned(grid if isinstance(grid, Grid) else Grid.explicit(grid, field.schedule))
+    if steps is not None and steps != nodes.steps:
+        raise ValueError(f"steps = {steps} contradicts the grid given, which has {nodes.steps}: leave one out")
+    if nfe is not None and method.calls(nodes) > nfe:
+        needed = method.calls(nodes)
+        raise ValueError(
+            f"nfe = {nfe} does not pay for the {nodes.steps} steps of the grid given: {method.name} takes {needed}"
+        )
+    return method, nodes
 
 
 def _in_batches(

@@ -1,12 +1,15 @@
 """Correctors, flow and fitted Gaussian parts: coefficients by hand, limits, refusals."""
 
 import math
+import pickle
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
+import ddim_ode
 from ddim_ode import (
     DATA,
     NOISE,
@@ -16,6 +19,7 @@ from ddim_ode import (
     Grid,
     Multistep,
     NoiseSchedule,
+    SingleStep,
     encode,
     fit_gaussian,
     integrate,
@@ -101,7 +105,11 @@ def test_calls_of_correctors(k, start, clock, linear):
             assert spy.sigmas == member.stages(grid).tolist()
             back = encode(EpsilonField.from_sigma(spy, LINEAR), latent, grid=grid, solver=member, data_range=None)
             assert back.success
-            assert back.nfe <= 2 * member.nfe(steps)
+            assert back.nfe == member.calls(grid.reversed())
+            for nodes in ([9.0, 3.0, 1.0, 0.2], [0.2, 1.0, 3.0, 9.0]):
+                part = Grid.explicit(nodes, LINEAR)
+                run = ddim_ode.integrate(EpsilonField.from_sigma(spy, LINEAR), latent, part, member)
+                assert run.nfe == member.calls(part)
 
 
 @pytest.mark.parametrize("corrector", ["free", "pece"])
@@ -128,6 +136,27 @@ def test_the_free_corrector_does_not_change_what_it_is_given(field):
         assert torch.equal(x, before)
         assert all(torch.equal(a, b) for a, b in zip(kept, state.history, strict=True))
         x, state = once, after
+
+
+def test_a_budget_is_kept_in_both_directions_and_on_any_grid():
+    field = EpsilonField.from_sigma(lambda x, s: 0.3 * x / (1.0 + s), LINEAR, shape=(2, 3))
+    latent = noise((2, 3), 2, seed=0)
+    members = [
+        Multistep(2, clock="log", linear=DATA, corrector="pece", start="rk"),
+        get("dpm2s"),
+        get("dpm3s"),
+        get("heun-edm"),
+    ]
+    members += [SingleStep("own", 2, (0.0, 0.5), ((0,), (1,)), DATA, "arctan"), get("pf-euler"), get("abm4-pece-rk")]
+    for member in members:
+        for nfe in (7, 9, 12):
+            assert sample(field, latent, solver=member, nfe=nfe).nfe <= nfe
+            assert encode(field, latent / 4, solver=member, nfe=nfe, data_range=None).nfe <= nfe
+        nodes = [10.0, 1.0, 0.1]
+        needed = member.calls(Grid.explicit(nodes, LINEAR))
+        assert sample(field, latent, solver=member, grid=nodes, nfe=needed).nfe == needed
+        with pytest.raises(ValueError, match=f"takes {needed}"):
+            sample(field, latent, solver=member, grid=nodes, nfe=needed - 1)
 
 
 # -- flow ---------------------------------------------------------------------------------------
@@ -262,6 +291,18 @@ def test_low_rank_is_the_full_basis_with_equal_variances(field):
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
+        (lambda: arctan(-1.0), ValueError, "c of the clock arctan must be a positive noise level"),
+        (lambda: flow(0.0), ValueError, "c of the clock flow must be"),
+        (lambda: clock("paced", LINEAR, 0), ValueError, "steps must be a whole number"),
+        (lambda: Flow("a"), ValueError, "c of a Flow must be a positive number"),
+        (lambda: Gaussian(torch.zeros(2), torch.tensor([1.0, torch.inf])), ValueError, "1 of 2 are not"),
+        (lambda: Gaussian(torch.tensor([0.0, torch.nan]), torch.ones(2)), ValueError, "mean must be finite"),
+        (lambda: Gaussian(torch.zeros(4), torch.ones(0), torch.zeros(4, 0), 1.0), ValueError, "variance must be"),
+        (
+            lambda: Gaussian(torch.zeros(4), torch.ones(2), torch.eye(4)[:, :2], "1"),
+            ValueError,
+            "rest must be the positive",
+        ),
         (lambda: Multistep(2, corrector="moulton"), ValueError, 'corrector must be None, "free" or "pece"'),
         (lambda: Multistep(2, quantity="velocity"), ValueError, "unknown quantity 'velocity'"),
         (lambda: Multistep(2, linear="flow"), TypeError, "linear must be NOISE"),
@@ -283,6 +324,49 @@ def test_low_rank_is_the_full_basis_with_equal_variances(field):
 def test_bad_arguments_are_refused(call, error, says):
     with pytest.raises(error, match=says):
         call()
+
+
+def test_a_gaussian_part_is_a_copy():
+    """Plans are kept by the part: it must not change under them."""
+    variance = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    part = Gaussian(torch.zeros(2), variance)
+    with torch.no_grad():
+        variance.fill_(5.0)
+    assert part.variance.tolist() == [1.0, 2.0]
+    assert not part.variance.requires_grad
+
+
+def test_what_members_say_they_are_exact_for():
+    assert get("ab3").exact == "constant ε"
+    assert get("dpmpp2m").exact == "constant x̂₀"
+    assert get("flow2").exact == "constant cε − x̂₀"
+    assert Multistep(1, linear=Flow(1.0), quantity="noise").exact == "a constant rest"
+    assert get("pf-euler").exact == "constant score"
+    # And they are, on one step; ε = 1, ε of a fixed x̂₀, and a constant velocity.
+    x = noise((2, 3), 2, seed=3)
+    for eps, name in (
+        (lambda x_bar, s: torch.ones_like(x_bar), "ab3"),
+        (lambda x_bar, s: (x_bar - 0.3) / s, "dpmpp2m"),
+        (lambda x_bar, s: (x_bar + 0.7) / (1.0 + s), "flow2"),
+    ):
+        field = EpsilonField.from_sigma(eps, LINEAR)
+        fine = ddim_ode.integrate(field, x, np.linspace(4.0, 1.0, 400), "rk4").x_bar
+        close(ddim_ode.integrate(field, x, [4.0, 1.0], name).x_bar, fine, 1e-8)
+
+
+def test_orders_are_told_of_the_named_member_alone():
+    assert get("ddim").measured is not None
+    assert Multistep(4, clock="log", linear=DATA, label="ddim").measured is None
+    assert Multistep(2, clock=arctan(0.3), linear=Flow(0.2)).measured is None
+    assert replace(get("dopri5"), rtol=1e-3).measured == get("dopri5").measured
+
+
+def test_clocks_of_one_number_are_one_clock_and_travel():
+    assert arctan(0.1) == arctan(0.1) != arctan(0.2)
+    assert hash(arctan(0.1)) == hash(arctan(0.1))
+    assert arctan(0.1) != flow(0.1)
+    for name in ("flowup4", "flowdown5", "dopri5", "rk4", "unipc3"):
+        assert pickle.loads(pickle.dumps(get(name))) == get(name)
 
 
 def test_impulses_are_independent():

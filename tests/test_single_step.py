@@ -94,7 +94,9 @@ def test_steps_at_zero_are_eq_13_and_calls_are_as_said(name):
     wanted = before - last * (0.3 * before / (1.0 + last))
     start = run.grid.sigmas[0] * X
     close(integrate(EpsilonField.from_sigma(spy, LINEAR), start, grid, solver).x_bar, wanted)
-    assert encode(EpsilonField.from_sigma(spy, LINEAR), X, grid=grid, solver=solver, data_range=None).success
+    back = encode(EpsilonField.from_sigma(spy, LINEAR), X, grid=grid, solver=solver, data_range=None)
+    assert back.success
+    assert back.nfe == solver.calls(grid.reversed())
     assert solver.steps(solver.nfe(5)) == 5
 
 
@@ -106,6 +108,15 @@ def test_the_exponential_part_is_exact_where_it_says():
     constant = EpsilonField.from_sigma(lambda x, s: target.clone(), LINEAR)
     for name in ("dpm2s", "dpm3s"):
         close(integrate(constant, X, [3.0, 0.5], name).x_bar, X - 2.5 * target)
+
+
+@pytest.mark.parametrize("clock", ["sigma", "arctan", "t"])
+def test_leaving_zero_by_a_singular_part_is_eq_13(clock):
+    """In a clock that is finite there too: x̄(1) = x̄(0) + 1 where ε = 1."""
+    own = SingleStep("own", 2, [0.0, 0.5], ([0], [1]), DATA, clock)
+    run = integrate(EpsilonField.from_sigma(lambda x, s: torch.ones_like(x), LINEAR), X, [0.0, 1.0, 3.0], own)
+    close(run.x_bar, X + 3.0)
+    assert run.nfe == own.calls(run.grid) == 3
 
 
 def test_other_clocks_and_parts_keep_the_order(problems):
@@ -139,6 +150,7 @@ def test_ipndm_is_adams_bashforth_on_even_steps(field):
     [
         (lambda: Ipndm(5), "k, the evaluations of iPNDM, must be 1, 2, 3 or 4"),
         (lambda: Ipndm(0), "k, the evaluations of iPNDM,"),
+        (lambda: Ipndm(2.5), "k, the evaluations of iPNDM,"),
         (lambda: SingleStep("bad", 2, (0.5, 1.0), ((0,), (0, 1))), "c must begin with 0"),
         (lambda: SingleStep("bad", 2, (0.0, 1.5), ((0,), (0, 1))), "stay in"),
         (lambda: SingleStep("bad", 2, (0.0, 0.5), ((0,),)), "a row for each"),

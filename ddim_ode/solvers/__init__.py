@@ -91,8 +91,8 @@ def get(solver: str | Solver) -> Solver:
     Parameters
     ----------
     solver : str or Solver
-        A name from :func:`solvers`; a multistep name with ``-rk`` behind it starts by Runge–Kutta and keeps its
-        full order. A solver is returned as it is.
+        A name from :func:`solvers`; the name of a multistep member of k > 1 with ``-rk`` behind it starts by
+        Runge–Kutta and keeps its full order. A solver is returned as it is.
 
     Raises
     ------

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -28,7 +29,7 @@ Array = NDArray[np.float64]
 Field = Callable[..., Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Clock:
     r"""A strictly increasing change of variable u(σ), in which a method's polynomials or stages are laid out.
 
@@ -48,26 +49,57 @@ class Clock:
     u: Callable[[Any], Any]
     sigma: Callable[[Any], Any]
     slope: Callable[[Any], Any]
+    #: The function and the number that made it: what two clocks are compared by, and what goes to another process.
+    origin: tuple[Callable[[float], Clock], float] | None = None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Clock) or self.origin is None or other.origin is None:
+            return self is other
+        return self.origin == other.origin
+
+    def __hash__(self) -> int:
+        return id(self) if self.origin is None else hash(self.origin)
+
+    def __reduce__(self) -> Any:
+        if self.origin is None:
+            return Clock, (self.name, self.u, self.sigma, self.slope)
+        make, number = self.origin
+        return make, (number,)
+
+
+def _level(c: float, name: str) -> float:
+    if not 0.0 < c < math.inf:
+        raise ValueError(f"c of the clock {name} must be a positive noise level, but got {c!r}")
+    return float(c)
 
 
 def arctan(c: float = 1.0) -> Clock:
     """The clock arctan(σ/c): like σ below c, like −1/σ above it, where ε stops changing."""
-    return Clock(f"arctan({c:g})", lambda s: np.arctan(s / c), lambda u: c * np.tan(u), lambda s: c + s * s / c)
+    c = _level(c, "arctan")
+    return Clock(
+        f"arctan({c:g})", lambda s: np.arctan(s / c), lambda u: c * np.tan(u), lambda s: c + s * s / c, (arctan, c)
+    )
 
 
 def asinh(c: float = 0.05) -> Clock:
     """The clock asinh(σ/c): log σ above c, σ/c below it."""
-    return Clock(f"asinh({c:g})", lambda s: np.arcsinh(s / c), lambda u: c * np.sinh(u), lambda s: np.hypot(s, c))
+    c = _level(c, "asinh")
+    return Clock(
+        f"asinh({c:g})", lambda s: np.arcsinh(s / c), lambda u: c * np.sinh(u), lambda s: np.hypot(s, c), (asinh, c)
+    )
 
 
 def flow(c: float = 1.0) -> Clock:
     """The clock σ/(c + σ): rectified flow's time for c = 1. Like σ/c below c; above it what is left to 1 is c/σ."""
-    return Clock(f"flow({c:g})", lambda s: s / (c + s), lambda u: c * u / (1.0 - u), lambda s: (c + s) ** 2 / c)
+    c = _level(c, "flow")
+    return Clock(
+        f"flow({c:g})", lambda s: s / (c + s), lambda u: c * u / (1.0 - u), lambda s: (c + s) ** 2 / c, (flow, c)
+    )
 
 
 def paced(steps: int) -> Clock:
     """The clock arctan(σ/c), c = 20/steps but between 1/2 and 2.2: sharper where the grid is finer, and a polynomial can follow."""
-    return replace(arctan(min(max(0.5, 20.0 / steps), 2.2)), name="paced")
+    return arctan(min(max(0.5, 20.0 / whole(steps, "steps")), 2.2))
 
 
 _CLOCKS: dict[str, Callable[[], Clock]] = {
@@ -226,9 +258,17 @@ class Solver(ABC):
         """Its measured orders, the least and the greatest: ``measured_order`` at the end of a run, ``dense_order`` between nodes.
 
         Over uniform, quadratic and jittered grids in both directions, as ``python -m benchmarks.convergence`` found and
-        wrote them down; None for a solver it does not know.
+        wrote them down; None for a solver it does not know, whatever it is called.
         """
-        return _orders().get(self.name)
+        from ddim_ode.solvers import get  # the names are made of solvers
+
+        try:
+            known = get(self.name)
+        except ValueError:
+            return None
+        # An adaptive one is measured on steps of its own, whatever its tolerances.
+        same = known == self or (self.adaptive and type(known) is type(self))
+        return _orders().get(self.name) if same else None
 
     def outcome(self, state: Any) -> Outcome | None:
         """What became of each sample, for a solver that watches its samples by itself; None: the loop looks."""
@@ -239,8 +279,12 @@ class Solver(ABC):
         return grid.sigmas[:-1]
 
     def nfe(self, steps: int) -> int:
-        """Model calls of a sampling run of `steps` steps, start included."""
+        """Model calls of a sampling run of `steps` steps down to σ = 0, start included."""
         return steps * self.nfe_per_step
+
+    def calls(self, grid: Grid) -> int:
+        """Model calls of a run over `grid`, which may differ from :meth:`nfe` where it does not end at σ = 0 or begins there."""
+        return self.nfe(grid.steps)
 
     def steps(self, nfe: int) -> int:
         """The most whole steps that a budget of `nfe` model calls pays for.

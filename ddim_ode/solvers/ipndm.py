@@ -48,7 +48,8 @@ class Ipndm(Solver):
     start = "ramp"
 
     def __post_init__(self) -> None:
-        if whole(self.k, "k, the evaluations of iPNDM,") > 4:
+        object.__setattr__(self, "k", whole(self.k, "k, the evaluations of iPNDM,"))
+        if self.k > 4:
             raise ValueError(f"k, the evaluations of iPNDM, must be 1, 2, 3 or 4, but got {self.k!r}")
 
     @property

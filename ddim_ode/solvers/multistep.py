@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -85,6 +86,9 @@ class _Noise(Linear):
     name = "noise"
     exact = "constant ε"
 
+    def __reduce__(self) -> str:
+        return "NOISE"  # there is one, here and in every process
+
     def propagator(self, s: Array, to: float) -> Array:
         return np.ones_like(s)
 
@@ -101,6 +105,9 @@ class _Data(Linear):
     name = "data"
     exact = "constant x̂₀"
     singular = True
+
+    def __reduce__(self) -> str:
+        return "DATA"
 
     def propagator(self, s: Array, to: float) -> Array:
         return to / s
@@ -148,7 +155,7 @@ class Flow(Linear):
     exact = "constant cε − x̂₀"
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.c < math.inf:
+        if not isinstance(self.c, Real) or not 0.0 < float(self.c) < math.inf:
             raise ValueError(f"c of a Flow must be a positive number, but got {self.c!r}")
 
     def propagator(self, s: Array, to: float) -> Array:
@@ -193,12 +200,16 @@ class Gaussian(Linear):
     exact = "its Gaussian"
 
     def __post_init__(self) -> None:
-        variance = torch.as_tensor(self.variance, dtype=torch.float64)
-        if not bool((variance > 0.0).all()):
+        # Copies: plans are kept by the part, and their weights are numbers, without gradients.
+        variance = torch.as_tensor(self.variance, dtype=torch.float64).detach().clone()
+        if not bool(((variance > 0.0) & variance.isfinite()).all()) or not variance.numel():
             raise ValueError(
-                f"variance must be positive in every direction, but the smallest is {float(variance.min()):.4g}"
+                f"variance must be positive and finite in every direction, but {int((~(variance > 0.0) | ~variance.isfinite()).sum())} "
+                f"of {variance.numel()} are not"
             )
-        object.__setattr__(self, "mean", torch.as_tensor(self.mean, dtype=torch.float64))
+        object.__setattr__(self, "mean", torch.as_tensor(self.mean, dtype=torch.float64).detach().clone())
+        if not bool(self.mean.isfinite().all()):
+            raise ValueError("mean must be finite, but there is NaN or infinity in it")
         object.__setattr__(self, "variance", variance)
         host = variance.numpy(force=True)  # the weights are worked out on the host
         object.__setattr__(self, "_placed", {})
@@ -206,14 +217,15 @@ class Gaussian(Linear):
             if self.rest is not None:
                 raise ValueError("rest is the variance outside a basis, but no basis is given")
         else:
-            basis = torch.as_tensor(self.basis, dtype=torch.float64)
+            basis = torch.as_tensor(self.basis, dtype=torch.float64).detach().clone()
             if basis.ndim != 2 or basis.shape[1] > basis.shape[0] or variance.shape != (basis.shape[1],):
                 raise ValueError(
                     "basis must be (D, r), r <= D, with variance (r,), but their shapes are "
                     f"{tuple(basis.shape)} and {tuple(variance.shape)}"
                 )
             size, rank = basis.shape
-            if (rank < size) != (self.rest is not None) or (self.rest is not None and not 0.0 < self.rest < math.inf):
+            given = isinstance(self.rest, Real) and 0.0 < float(self.rest) < math.inf
+            if (rank < size) != (self.rest is not None) or (self.rest is not None and not given):
                 raise ValueError(
                     f"rest must be the positive variance of the {size - rank} directions outside the basis, and None if there "
                     f"are none, but got {self.rest!r}"
@@ -266,12 +278,12 @@ class Gaussian(Linear):
 
     def check(self, x_bar: Tensor) -> None:
         shape, size = x_bar.shape[1:], math.prod(x_bar.shape[1:])
-        whole = self.mean.ndim == 0 or self.mean.shape == shape
+        fits = self.mean.ndim == 0 or self.mean.shape == shape
         if self.basis is None:
-            whole = whole and (self.variance.ndim == 0 or self.variance.shape == shape)
+            fits = fits and (self.variance.ndim == 0 or self.variance.shape == shape)
         else:
-            whole = whole and self.basis.shape[0] == size
-        if not whole:
+            fits = fits and self.basis.shape[0] == size
+        if not fits:
             raise ValueError(
                 f"the Gaussian part must fit samples of shape {tuple(shape)}, but its mean is {tuple(self.mean.shape)} and its "
                 f"variance {tuple(self.variance.shape)}"
@@ -329,7 +341,7 @@ def fit_gaussian(
         raise ValueError("images must differ from each other, but all are the same")
     least = 1e-6 * average
     if kind == "isotropic":
-        return Gaussian(mean, torch.tensor(average))
+        return Gaussian(mean, torch.tensor(average, dtype=torch.float64))
     if kind == "diagonal":
         return Gaussian(mean, spread.clamp(min=least).reshape(mean.shape))
     count, size = centred.shape
@@ -421,8 +433,8 @@ class Multistep(Solver):
         The part solved exactly: :data:`NOISE` (none), :data:`DATA`, a :class:`Flow`, or a :class:`Gaussian`.
     quantity : {"noise", "data", "score", "own"}
         What is interpolated: ε (less its linear part), x̂₀, ε/σ, or the linear part's own: ε under NOISE, x̂₀ under DATA,
-        the velocity under a Flow, and the rest times √(λ + σ²) under a Gaussian. By default the own one, but for a
-        Gaussian ``"noise"``.
+        the velocity under a Flow, the rest times √(λ + σ²) under a Gaussian, and what the ``scale`` of a part of your own
+        says. By default the own one, but for a Gaussian ``"noise"``.
     start : {"ramp", "rk"}
         How the first k − 1 steps are made. ``"ramp"``: with the evaluations there are, one call a step; the
         first step is Euler's, so the order is at most 2, or 3 with a corrector. ``"rk"``: by Runge–Kutta in the clock σ,
@@ -468,7 +480,13 @@ class Multistep(Solver):
         if self.corrector not in (None, "free", "pece"):
             raise ValueError(f'corrector must be None, "free" or "pece", but got {self.corrector!r}')
         # The own quantity of these two has a name.
-        own = "data" if self.linear is DATA else "own" if isinstance(self.linear, Flow) else "noise"
+        own = (
+            "data"
+            if self.linear is DATA
+            else "noise"
+            if self.linear is NOISE or isinstance(self.linear, Gaussian)
+            else "own"
+        )
         if self.quantity is None or (self.quantity == "own" and self.linear in (NOISE, DATA)):
             object.__setattr__(self, "quantity", own)
         if self.quantity not in _QUANTITIES:
@@ -497,13 +515,19 @@ class Multistep(Solver):
 
     @property
     def exact(self) -> str:  # type: ignore[override]
-        if self.quantity == "score":
-            return "constant score"
-        return self.linear.exact
+        natural = self.quantity == "own" or self.linear is DATA or isinstance(self.linear, Gaussian)
+        if natural or (self.linear is NOISE and self.quantity == "noise"):
+            return self.linear.exact if self.quantity != "score" else "constant score"
+        return {"noise": "a constant rest", "data": "a rest like 1/σ", "score": "constant score"}[str(self.quantity)]
 
     @property
     def states(self) -> int:  # type: ignore[override]
-        return self.k + {None: 0, "pece": 1, "free": 2}[self.corrector]
+        return self._kept + (2 if self.corrector == "free" else 1)
+
+    @property
+    def _kept(self) -> int:
+        """Evaluations that are kept from step to step."""
+        return self.k if self.corrector == "free" else self.k - 1
 
     @property
     def _starter(self) -> RungeKutta | None:
@@ -531,16 +555,21 @@ class Multistep(Solver):
             if isinstance(step, _Stages):
                 asked += step.sigmas
             elif isinstance(step, _Corrected):
-                asked.append(step.predict.sigma)
+                if step.predict.weights is not None:
+                    asked.append(step.predict.sigma)
                 if self.corrector == "pece" and step.correct is not None:
                     asked.append(float(grid.sigmas[n + 1]))
-            else:
+            elif step.weights is not None:
                 asked.append(step.sigma)
         return np.array(asked)
 
+    def calls(self, grid: Grid) -> int:
+        return self.stages(grid).size
+
     def plan(self, grid: Grid) -> tuple[Weights | _Corrected | _Stages, ...]:
         """Propagators and weights of every step of `grid`, as float64 numbers."""
-        return _plan(self, grid)
+        # Arrays over directions may be large, and the part itself: they are not kept.
+        return _plan.__wrapped__(self, grid) if self.linear.directed else _plan(self, grid)
 
     def init(self, field: Field, x_bar: Tensor, grid: Grid) -> _State:
         self.linear.check(x_bar)
@@ -555,7 +584,7 @@ class Multistep(Solver):
         if isinstance(step, _Stages):
             moved, eps = run_stages(field, x_bar, step)
             z = self.linear.stored(x_bar, eps, step.sigmas[0])
-            return moved, _State(plan, (z, *history)[: self.k]), None
+            return moved, _State(plan, (z, *history)[: self._kept]), None
         predict, correct = step if isinstance(step, _Corrected) else (step, None)
         if predict.weights is None:
             return x_bar, state, None
@@ -568,13 +597,13 @@ class Multistep(Solver):
         else:
             moved = self._advance(x_bar, predict, history)
         if self.corrector is None:
-            return moved, _State(plan, history[: self.k - 1]), None
+            return moved, _State(plan, history[: self._kept]), None
         if self.corrector == "free":
-            return moved, _State(plan, history[: self.k], x_bar), None
+            return moved, _State(plan, history[: self._kept], x_bar), None
         if correct is not None:
             z = self.linear.stored(moved, field(moved, correct.sigma), correct.sigma)
             moved = self._advance(x_bar, correct, (z, *history))
-        return moved, _State(plan, history[: self.k]), None
+        return moved, _State(plan, history[: self._kept]), None
 
     def _advance(self, x_bar: Tensor, step: Weights, history: tuple[Tensor, ...]) -> Tensor:
         assert step.weights is not None
@@ -666,9 +695,9 @@ def _plan(member: Multistep, grid: Grid) -> tuple[Weights | _Corrected | _Stages
 
 
 def weigh(linear: Linear, quantity: str, over: _Over, sigmas: Array, ticks: Array) -> Weights:
-    """P and the weights on the stored z at `sigmas` (with their `ticks`), newest first, of the step `over`.
+    """P and the weights on the stored z at `sigmas` (with their `ticks`) of the step `over`.
 
-    The step's own beginning is among them; what lies at σ = 0 is as docs/solvers.md says.
+    They are nodes of a run, newest first, or evaluations inside a step; what lies at σ = 0 is as docs/solvers.md says.
     """
     sigma, to, tick_to, _, _ = over
     newest = float(sigmas[0])

@@ -321,6 +321,9 @@ class RungeKutta(Solver):
     def nfe(self, steps: int) -> int:
         return steps * self.nfe_per_step - (self.nfe_per_step - 1 if self.euler_at_zero else 0)
 
+    def calls(self, grid: Grid) -> int:
+        return self.stages(grid).size
+
     def init(self, field: Field, x_bar: Tensor, grid: Grid) -> tuple[_Stages, ...]:
         return self.plan(grid)
 

@@ -33,7 +33,7 @@ class SingleStep(Solver):
     label : str
         Its name.
     order : int
-        Its order.
+        Its order; taken on trust: measure it (docs/solvers.md, "Bring your own").
     c : tuple of float
         Where its evaluations lie, as fractions of the step in the clock; the first is 0.
     through : tuple of tuple of int
@@ -47,7 +47,8 @@ class SingleStep(Solver):
 
     Notes
     -----
-    A step that touches σ = 0, where log σ is infinite, is eq. 13, and takes one call.
+    A step that touches σ = 0 where the clock is infinite there, as log σ is, or that leaves it where the linear part is, as
+    DATA's is, is eq. 13, and takes one call.
     """
 
     label: str
@@ -59,6 +60,8 @@ class SingleStep(Solver):
     source: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "c", tuple(map(float, self.c)))
+        object.__setattr__(self, "through", tuple(map(tuple, self.through)))
         if len(self.through) != len(self.c) or self.c[:1] != (0.0,) or any(not 0.0 < c <= 1.0 for c in self.c[1:]):
             raise ValueError(
                 f"single-step method {self.label}: c must begin with 0 and stay in (0, 1] after it, and `through` must have a row "
@@ -89,6 +92,9 @@ class SingleStep(Solver):
     def nfe(self, steps: int) -> int:
         # The last step of sampling goes to σ = 0.
         return steps * len(self.c) - (len(self.c) - 1 if self.clock == "log" else 0)
+
+    def calls(self, grid: Grid) -> int:
+        return self.stages(grid).size
 
     def stages(self, grid: Grid) -> Array:
         return np.array([stage.sigma for step in self.plan(grid) for stage in step])
@@ -133,7 +139,7 @@ def _plan(method: SingleStep, grid: Grid) -> tuple[tuple[_Stage, ...], ...]:
     out: list[tuple[_Stage, ...]] = []
     for n in range(grid.steps):
         sigma, to = float(grid.sigmas[n]), float(grid.sigmas[n + 1])
-        if not np.isfinite(ticks[n : n + 2]).all():
+        if not np.isfinite(ticks[n : n + 2]).all() or (sigma == 0.0 and method.linear.singular):
             out.append((_Stage(sigma, (0,), Weights(sigma, None, (to - sigma,))),))
             continue
         at = ticks[n] + np.array((*method.c, 1.0)) * (ticks[n + 1] - ticks[n])
