@@ -36,7 +36,7 @@ bench-work-precision: .venv/dev     ## error against calls and seconds, solver b
 bench-throughput: .venv/dev         ## images per second of training and sampling with the bundled networks: ten minutes
 	$(BIN)/python -m benchmarks.throughput
 
-bench-defaults: .venv/dev           ## which solver and grid are the defaults, and their gain over DDIM: half an hour
+bench-defaults: .venv/dev           ## which solver and grid are the defaults, and their gain over DDIM: a quarter of an hour
 	$(BIN)/python -m benchmarks.defaults
 
 bench-peers: .venv/peers            ## accuracy per call beside every peer at its best settings: three quarters of an hour

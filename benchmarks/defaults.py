@@ -4,12 +4,13 @@ Every candidate pair samples (and encodes back) the same latents of the problems
 after the first, slower than the one before, sees only the best so far. A pair's score is the geometric mean, over problems
 and budgets, of its RMS error over the least anyone reached there. The family that leads is then refined by Nelder and Mead's
 method, budget by budget: its own numbers are the linear part's c, the clock's, the grid's c and ρ.
-:data:`ddim_ode.sampling.DEFAULTS` and the numbers of the clock ``paced`` are round ones from there, chosen by hand between budgets. The gain is measured on latents that had no part in the
+:data:`ddim_ode.sampling.DEFAULTS` and the numbers of the clock ``paced`` are round ones from there, chosen by hand
+between budgets. The gain is measured on latents that had no part in the
 choice, and on :data:`UNSEEN` problems, which had none either::
 
     python -m benchmarks.defaults [--out benchmarks/results] [--gain-only]
 
-It takes about an hour on one core and needs Fashion-MNIST (see ``problems.py``) and scikit-learn; unseen problems
+It takes about a quarter of an hour on one core and needs Fashion-MNIST (see ``problems.py``) and scikit-learn; unseen problems
 whose data are missing are left out of the gain.
 """
 
