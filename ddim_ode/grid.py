@@ -135,8 +135,8 @@ class Grid:
             ``asinh``, ``arctan``
                 Even in asinh(σ/c) or arctan(σ/c) down to 0. Option ``c`` (asinh 0.02, arctan 1).
             ``flow``
-                Even in (σ/(c + σ))^{1/ρ} down to 0: for c = ρ = 1 even in rectified flow's time. Options ``c`` (3.5) and
-                ``rho`` (2).
+                Even in (σ/(c + σ))^{1/ρ} down to 0: for c = ρ = 1 even in rectified flow's time. Options ``c`` (3 + 20/S)
+                and ``rho`` (1.9 + 3/S): few steps are better off at large σ.
         schedule : NoiseSchedule
             The schedule to cover.
         steps : int
@@ -234,7 +234,10 @@ def _arctan(schedule: NoiseSchedule, steps: int, c: float = 1.0) -> Array:
     return _down_to_zero(schedule, steps, c, np.arctan, np.tan)
 
 
-def _flow(schedule: NoiseSchedule, steps: int, c: float = 3.5, rho: float = 2.0) -> Array:
+def _flow(schedule: NoiseSchedule, steps: int, c: float | None = None, rho: float | None = None) -> Array:
+    # Chosen with the default solver: benchmarks/defaults.py.
+    c = 3.0 + 20.0 / steps if c is None else c
+    rho = 1.9 + 3.0 / steps if rho is None else rho
     end = schedule.sigma_max / (c + schedule.sigma_max)
     u = end * (np.arange(steps, 0.0, -1.0) / steps) ** rho
     sigmas = c * u / (1.0 - u)

@@ -98,8 +98,8 @@ def flow(c: float = 1.0) -> Clock:
 
 
 def paced(steps: int) -> Clock:
-    """The clock arctan(σ/c), c = 20/steps but between 1/2 and 2.2: sharper where the grid is finer, and a polynomial can follow."""
-    return arctan(min(max(0.5, 20.0 / whole(steps, "steps")), 2.2))
+    """The clock arctan(σ/c), c = 400/steps² but between 1/2 and 4: sharper where the grid is finer, and a polynomial can follow."""
+    return arctan(min(max(0.5, 400.0 / whole(steps, "steps") ** 2), 4.0))
 
 
 _CLOCKS: dict[str, Callable[[], Clock]] = {
