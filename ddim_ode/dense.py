@@ -2,8 +2,8 @@ r"""Dense output: the state between the nodes of a run.
 
 Every solver asks for ε at the nodes it visits, and ε is the slope of x̄ in σ. So between two nodes the state is read
 off the polynomial in σ that takes the states and slopes of the nodes around: Hermite's interpolation. One rule serves
-all solvers, and reading it costs no model call. Nor does keeping it, but with adaptive solvers of long steps, which make
-some for states inside them.
+all solvers, and reading it costs no model call. Nor does keeping it, except with some adaptive solvers, which make calls
+for slopes and for states inside long steps.
 """
 
 from __future__ import annotations
