@@ -29,7 +29,7 @@ from tqdm import tqdm
 import ddim_ode
 from ddim_ode import data, datasets, plotting
 from ddim_ode.checking import check
-from ddim_ode.comparison import circumstances, compare, reference
+from ddim_ode.comparison import circumstances, compare, reference, refuse_adaptive
 from ddim_ode.field import EpsilonField
 from ddim_ode.files import output_folder, to_json, write_json
 from ddim_ode.grid import Grid, grids
@@ -81,6 +81,7 @@ def _compare(o: argparse.Namespace) -> int:
     field, dtype = _field(o), _DTYPES[o.dtype]
     # A name or a budget given twice is measured once.
     names = list(dict.fromkeys(get(name).name if name != "default" else name for name in _split(o.solvers)))
+    refuse_adaptive(names, "--solvers")
     budgets = list(dict.fromkeys(_whole(x, "--nfe") for x in _split(o.nfe)))
     _whole(o.reference_nfe, "--reference-nfe", get("ab4-rk").nfe(1))  # for the reference itself would call it nfe
     if not names or not budgets:
@@ -487,6 +488,10 @@ def _run_options(o: argparse.Namespace, field: EpsilonField, *directions: str) -
     if o.batch_size is not None:
         _whole(o.batch_size, "--batch-size")
     solver = _toleranced(o)
+    if solver is not None and solver.adaptive and o.grid is not None:
+        raise ValueError(
+            f"--grid {o.grid} lays out steps, but {solver.name} chooses its own by its tolerances: leave one of them out"
+        )
     for direction in directions:
         plan(field, direction, solver, o.grid, None, o.nfe)
     return {
@@ -592,7 +597,9 @@ def _record(o: argparse.Namespace, field: EpsilonField, runs: dict[str, Solution
         record[what] = {"solver": run.solver, "grid": run.grid.name, "steps": run.grid.steps, "nfe": run.nfe}
         if run.outcome is not None:
             record[what] |= {name: getattr(run.outcome, name) for name in ("accepted", "rejected")}
-            record[what] |= {"sample_nfe": run.outcome.nfe, "rtol": o.rtol, "atol": o.atol}
+            ran = _toleranced(o)
+            record[what] |= {"sample_nfe": run.outcome.nfe}
+            record[what] |= {name: getattr(ran, name) for name in ("rtol", "atol")}
     return record | circumstances(field, _DTYPES[o.dtype])
 
 
@@ -681,9 +688,12 @@ def _parser() -> argparse.ArgumentParser:
         )
         p.add_argument("--nfe", type=int, help="budget of model calls, each way (default: 50)")
         p.add_argument(
-            "--rtol", type=float, help="relative tolerance of an adaptive solver, in units of data (default: 1e-5)"
+            "--rtol",
+            type=float,
+            help="relative tolerance of an adaptive solver (default: 1e-5): in units of data, of each sample; with "
+            "torchdiffeq-* and scipy-*, of the state x√(1 + σ²) over the batch",
         )
-        p.add_argument("--atol", type=float, help="its absolute tolerance (default: 1e-5)")
+        p.add_argument("--atol", type=float, help="its absolute tolerance (default: 1e-5), in the same units")
         p.add_argument("--batch-size", type=int, help="samples at once (default: all)")
         p.add_argument("--out", default=out, help=f"where to write (default: {out})")
 

@@ -119,7 +119,8 @@ def compare(
     images : Tensor
         Images to encode and decode, (B', \\*d); for a latent-diffusion model, latents of them.
     solvers : sequence of str
-        Names; ``"default"`` is what :func:`ddim_ode.sample` and :func:`ddim_ode.encode` do when nothing is named.
+        Names of solvers that take a budget; ``"default"`` is what :func:`ddim_ode.sample` and :func:`ddim_ode.encode` do
+        when nothing is named.
     budgets : sequence of int
         Model calls, each way for the round trip.
     grid : str, optional
@@ -141,7 +142,13 @@ def compare(
         ``round_trip_calls``, ``round_trip_seconds`` and ``failed`` (samples). A budget below one step gives a row of nulls.
         For a latent-diffusion model ``round_trip_mse`` compares what its decoder makes of `images` and of the latents
         that came back, so that the decoder's own loss is not counted; ``rms`` is of latents.
+
+    Raises
+    ------
+    ValueError
+        If a solver is unknown or adaptive, before any model call.
     """
+    refuse_adaptive(solvers, "solvers=")
     if exact is None:
         advance("reference")
         exact = reference(evaluate, latent)
@@ -208,6 +215,16 @@ def compare(
     found.record["defaults"] = {k: v._asdict() for k, v in DEFAULTS.items()}
     found.record["grid"] = grid or GRID
     return found
+
+
+def refuse_adaptive(solvers: Sequence[str], named: str) -> None:
+    """Refuse solvers that no budget of calls can be given to; `named` says where they were named."""
+    adaptive = [name for name in solvers if name != "default" and get(name).adaptive]
+    if adaptive:
+        raise ValueError(
+            f"{named} names {', '.join(map(str, adaptive))}, but adaptive solvers have tolerances and no budget of calls to be "
+            "compared at: leave them out"
+        )
 
 
 _MEASURED = (

@@ -1,8 +1,9 @@
 r"""Dense output: the state between the nodes of a run.
 
 Every solver asks for ε at the nodes it visits, and ε is the slope of x̄ in σ. So between two nodes the state is read
-off the polynomial in σ that takes the states and slopes of the nodes around: Hermite's interpolation. It costs no model
-call, and one rule serves all solvers.
+off the polynomial in σ that takes the states and slopes of the nodes around: Hermite's interpolation. One rule serves
+all solvers, and reading it costs no model call. Nor does keeping it, except with some adaptive solvers, which make calls
+for slopes and for states inside long steps.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Dense:
     x_bar : Tensor
         States there, (N + 1, B, \*d).
     slopes : tuple of (Tensor or None)
-        ε at each node, (B, \*d), None where it is not known; as a rule at the last.
+        ε at each node, (B, \*d), None where it is not known: at the last of fixed steps, and inside adaptive ones.
     order : int
         The order at which its error falls as the grid is refined: that of the solver.
 

@@ -15,7 +15,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ddim_ode.schedule import NoiseSchedule
+from ddim_ode.schedule import NoiseSchedule, is_number
 
 __all__ = ["COORDINATES", "Codec", "EpsilonField", "PREDICTIONS", "as_epsilon"]
 
@@ -309,9 +308,9 @@ class EpsilonField:
         return cls(velocity, schedule or NoiseSchedule.flow(), "flow", coordinates="flow", **options)
 
     def _bound(self, clip: float | None, threshold: float | None) -> None:
-        if clip is not None and not (_is_number(clip) and 0.0 < clip < math.inf):
+        if clip is not None and not (is_number(clip) and 0.0 < clip < math.inf):
             raise ValueError(f"clip must be a positive number, the largest value of the data, but got {clip!r}")
-        if threshold is not None and not (_is_number(threshold) and 0.0 < threshold <= 1.0):
+        if threshold is not None and not (is_number(threshold) and 0.0 < threshold <= 1.0):
             raise ValueError(f"threshold must be a quantile in (0, 1], such as 0.995, but got {threshold!r}")
         self.clip, self.threshold = clip, threshold
 
@@ -426,7 +425,15 @@ class EpsilonField:
             wanted = shape
             if rows is not None:
                 wanted, sigma = x_bar.shape, _column(sigma, x_bar, dtype)
-            eps = call(x_bar if state == dtype else x_bar.to(dtype), sigma)
+            try:
+                eps = call(x_bar if state == dtype else x_bar.to(dtype), sigma)
+            except (RuntimeError, ValueError) as error:
+                if rows is None or not any(words in str(error) for words in _ONE_SIGMA):
+                    raise
+                raise ValueError(
+                    "eps must take a tensor of noise levels, one a sample, from a solver that chooses its own steps, but it "
+                    f"takes sigma for one number ({error}): decide by torch.where(sigma > 0.0, ..., ...), not by if"
+                ) from error
             if not isinstance(eps, Tensor) or eps.shape != wanted:
                 raise ValueError(_wrong_shape(eps, wanted))
             return eps if eps.dtype == state else eps.to(state)
@@ -559,8 +566,8 @@ def _quantile(x: Tensor, q: float) -> Tensor:
     return ranked.select(1, low).lerp(ranked.select(1, math.ceil(place)), place - low)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+#: What torch says where a number is wanted of a tensor of several.
+_ONE_SIGMA = ("Boolean value of Tensor", "cannot be converted to Scalar", "converted to Python scalars")
 
 
 def _column(sigma: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:

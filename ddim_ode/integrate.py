@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ddim_ode.dense import Dense, onto_ends
 from ddim_ode.field import EpsilonField
 from ddim_ode.grid import Grid
-from ddim_ode.solution import Solution, Status, Step
+from ddim_ode.solution import Outcome, Solution, Status, Step
 from ddim_ode.solvers import Solver, get
 
 __all__ = ["check_state", "integrate"]
@@ -56,9 +56,10 @@ def integrate(
         The state's dtype; by default that of `x_bar`.
     callback : callable, optional
         Called with a :class:`Step` after each step from node to node of the grid. If it returns True (Python's, numpy's, or
-        a boolean tensor of one element), the run stops there; whatever else it returns is ignored.
+        a boolean tensor of one element), the run stops there; whatever else it returns is ignored. An adaptive solver is
+        not watched between the nodes: name those it must be called at.
     progress : bool
-        Show a progress bar on the error stream, if it is a terminal.
+        Show a progress bar on the error stream, if it is a terminal; it counts nodes too.
     trajectory : bool
         Keep the states at all nodes.
     dense : bool
@@ -185,6 +186,13 @@ def _run(
         if states is not None:
             states.append(x_bar)
             slopes.append(evaluate.slope)
+        if solver.adaptive and _all_failed(solver.outcome(state)):
+            # Nobody reached this node, nor will anybody the rest: they hold NaN below.
+            done, left = grid.steps, grid.steps - done
+            if states is not None:
+                states.extend([x_bar] * left)
+                slopes.extend([None] * left)
+            break
         if callback is not None and _stops(callback(Step(n, nodes[n], nodes[done], x_bar, evaluate.calls, rows))):
             break
 
@@ -199,6 +207,7 @@ def _run(
         ends = zip(outcome.status, outcome.sigma, status, strict=True)
         reached = list(outcome.sigma)
         status = [own or stopped for own, _, stopped in ends]
+        outcome = replace(outcome, status=tuple(status))
     elif not isinstance(x_bar, FakeTensor):  # a fake tensor has no values to check
         failed = _failed(x_bar)
         if failed is not None:
@@ -231,6 +240,10 @@ def _run(
         None,
         outcome,
     )
+
+
+def _all_failed(outcome: Outcome | None) -> bool:
+    return outcome is not None and all(outcome.status)
 
 
 def _stops(answer: Any) -> bool:

@@ -131,7 +131,8 @@ def sample(
     batch_size : int, optional
         Split the work into batches of this size; the images stay the same.
     callback, progress, trajectory, dense, save_at, gradients, checkpoint
-        As for :func:`integrate`.
+        As for :func:`integrate`. An adaptive solver without a grid has two nodes, so that a callback is called once, at
+        the end, and progress moves once: name the nodes to be called at by `grid`.
 
     Returns
     -------

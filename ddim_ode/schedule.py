@@ -15,6 +15,7 @@ import math
 import operator
 from abc import ABC, abstractmethod
 from functools import cached_property
+from numbers import Real
 from typing import Any, overload
 
 import numpy as np
@@ -37,6 +38,11 @@ def whole(value: Any, name: str, least: int = 1) -> int:
     if isinstance(value, bool) or number < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, but got {value!r}")
     return number
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real number, which True and False are not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 class NoiseSchedule(ABC):

@@ -109,7 +109,7 @@ class Solution:
         x̄ at the levels of ``save_at``, in their order, (levels, B, \*d), if asked for; NaN where a sample did not get
         so far.
     outcome : Outcome or None
-        Steps and calls of each sample of an adaptive run.
+        Status, steps and calls of each sample of an adaptive run.
     """
 
     x_bar: Tensor

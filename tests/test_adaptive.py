@@ -69,12 +69,25 @@ def test_a_higher_order_needs_fewer_calls_for_a_small_error(mixture):
     assert calls[1] > 1.5 * calls[2]
 
 
-def test_the_tolerance_is_in_data_units():
-    """A run far up, where x̄ is large, and one near the data are held to one error in x."""
-    field = EpsilonField.from_sigma(lambda x, s: torch.cos(3.0 * x / (1.0 + s * s) ** 0.5), LINEAR)
-    there = integrate(field, 100.0 * X, [TOP, 100.0], Adaptive(DOPRI5, 1e-10, 1e-5)).nfe
-    scaled = integrate(field, 100.0 * X, [TOP, 100.0], Adaptive(DOPRI5, 1e-10, 1e-7)).nfe
-    assert there < scaled
+@pytest.mark.parametrize("relative", [False, True], ids=["atol", "rtol"])
+def test_the_tolerance_is_in_data_units(relative):
+    """One step far up, where x̄ is large: accepted just above the error in x that it is seen to make, not just below."""
+    heun_euler = Tableau("heun-euler", 2, ((), (1.0,)), (0.5, 0.5), error=((-0.5, 0.5, 0.0),), embedded_orders=(1,))
+    start, low, high = 100.0 * X[:1], 100.0, 110.0
+    eps = lambda x, s: torch.sin(x / 40.0)
+    first = eps(start, low)
+    second = eps(start + 10.0 * first, high)
+    roots = [np.sqrt(1.0 + s * s) for s in (low, high)]
+    error = 0.5 * 10.0 * (second - first) / roots[1]
+    if relative:
+        error /= torch.maximum(start.abs() / roots[0], (start + 5.0 * (first + second)).abs() / roots[1])
+    wanted = float(error.square().mean().sqrt())
+    for factor, rejected in ((1.01, False), (0.99, True)):
+        tolerances = (factor * wanted, 1e-15) if relative else (1e-15, factor * wanted)
+        solver = Adaptive(heun_euler, *tolerances, clock="sigma", first_step=10.0)
+        outcome = integrate(EpsilonField.from_sigma(eps, LINEAR), start, [low, high], solver).outcome
+        assert (outcome.rejected[0] > 0) is rejected
+        assert (outcome.accepted[0] > 1) is rejected
 
 
 @pytest.mark.parametrize("tableau", PAIRS, ids=lambda t: t.name)
@@ -179,7 +192,7 @@ def test_the_last_slope_is_the_next_ones_first(tableau):
 
 
 def test_a_wrong_estimate_shows():
-    """An error row a hundred times too small leaves errors out of proportion: the estimate does steer the steps."""
+    """An error row ten thousand times too small leaves errors out of proportion: the estimate does steer the steps."""
     numb = replace(DOPRI5, error=(tuple(1e-4 * e for e in DOPRI5.error[0]),), embedded_orders=(1,))
     right, wrong = (
         float(
@@ -277,6 +290,48 @@ def test_a_stage_into_nan_is_a_rejected_step():
     torch.testing.assert_close(run.x_bar, torch.full_like(run.x_bar, np.tanh(8.0)), rtol=0, atol=1e-5)
 
 
+def test_each_step_into_nan_that_is_got_past_is_forgiven():
+    """More of them over a run than any one place is given."""
+    reached = {0}
+
+    def hiccup(x_bar, sigma):
+        """NaN at the first call beyond each whole number."""
+        new = int(sigma.max()) not in reached
+        reached.add(int(sigma.max()))
+        return torch.full_like(x_bar, torch.nan if new else 1.0)
+
+    solver = Adaptive(DOPRI5, 1e-6, 1e-6, clock="sigma", first_step=0.3)
+    run = integrate(EpsilonField.from_sigma(hiccup, LINEAR), X[:1], np.arange(0.0, 101.0, 2.0), solver)
+    assert run.outcome.rejected[0] > 35
+    assert run.success
+    torch.testing.assert_close(run.x_bar, X[:1] + 100.0, rtol=0, atol=1e-6)
+
+
+def test_nan_at_the_end_alone_ends_soon():
+    """However near it one comes: short of it there is always room for one more step."""
+    field = EpsilonField.from_sigma(lambda x, s: torch.where(s > 0.0, torch.sin(x), torch.nan), LINEAR)
+    run = integrate(field, X, [3.0, 0.0], "dopri5")
+    assert set(run.status) == {Status.NONFINITE}
+    assert run.nfe < 1000
+
+
+def test_where_nobody_is_left_nobody_is_called():
+    field = EpsilonField.from_sigma(lambda x, s: torch.where(s > 0.7, EXACT(x, s), torch.nan), LINEAR)
+    nodes, seen = [4.0, 2.0, 0.5, 0.3, 0.0], []
+    for solver in (get("dopri5"), get("scipy-dop853")):
+        seen.clear()
+        run = integrate(
+            field, X, nodes, solver, trajectory=True, save_at=[3.0, 0.4], callback=lambda step: seen.append(step)
+        )
+        assert [step.sigma_next for step in seen] == [2.0]
+        assert set(run.status) == set(run.outcome.status) == {Status.NONFINITE}
+        assert run.trajectory.shape == (5, *X.shape)
+        assert bool(run.trajectory[:2].isfinite().all())
+        assert bool(run.trajectory[2:].isnan().all())
+        assert bool(run.saved[0].isfinite().all())
+        assert bool(run.saved[1].isnan().all())
+
+
 def test_attempts_are_limited():
     field, easy, hard = two_fields()
     run = integrate(field, torch.cat((easy, hard)), [3.0, 0.0], Adaptive(DOPRI5, 1e-6, 1e-6, max_steps=30))
@@ -299,7 +354,20 @@ def test_a_singularity_stalls():
 def test_a_callback_stops_it():
     run = integrate(FIELD, X, [3.0, 1.0, 0.0], "dop853", callback=lambda step: True)
     assert set(run.status) == {Status.STOPPED}
+    assert run.outcome.status == run.status
     assert run.sigma == (1.0,) * 4
+
+
+def test_a_branch_on_sigma_is_told_from_other_errors():
+    """Samples at different σ cannot all take one branch."""
+    field = EpsilonField.from_sigma(lambda x, s: x if s > 1.0 else 0.5 * x, LINEAR)
+    with pytest.raises(ValueError, match=r"eps must take a tensor of noise levels, .* torch\.where") as caught:
+        integrate(field, X, [3.0, 0.0], "dopri5")
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert integrate(field, X, [3.0, 0.5, 0.0], "heun").success
+    other = EpsilonField.from_sigma(lambda x, s: x @ x, LINEAR)
+    with pytest.raises(RuntimeError, match=r"expected|size|shape"):
+        integrate(other, X, [3.0, 0.0], "dopri5")
 
 
 # -- arguments ----------------------------------------------------------------------------------
@@ -312,6 +380,10 @@ def test_a_callback_stops_it():
         ({"first_step": np.nan}, "first_step"),
         ({"pid": (0.0, 0.0, 0.0)}, "pid"),
         ({"pid": (0.0, np.nan, 0.0)}, "pid"),
+        ({"pid": 0.7}, "pid must be three numbers"),
+        ({"pid": ("0.2", 0.7, 0.0)}, "pid must be three numbers"),
+        *(({name: value}, f"{name} must be a number") for name in ("rtol", "atol") for value in ("1e-3", None, True)),
+        ({"first_step": "a"}, "first_step must be"),
         ({"tableau": HEUN}, "tableau must have an embedded solution"),
     ],
 )

@@ -154,16 +154,31 @@ def test_adaptive_solvers_take_tolerances(model, tmp_path, capsys):
         assert len(record["accepted"]) == len(record["rejected"]) == len(record["sample_nfe"]) == 2
         assert record["rtol"] == record["atol"] == float(tolerance)
         calls.append(record["nfe"])
+    # What was not given is on record too.
+    assert main([*common, "--solver", "dopri5", "--atol", "1e-2"]) == 0
+    record = json.loads(capsys.readouterr().out)["sample"]
+    assert (record["rtol"], record["atol"]) == (1e-5, 1e-2)
     assert calls[1] > calls[0]
     for arguments, says in (
         (["--solver", "ab3", "--rtol", "1e-3"], "--rtol is for solvers that choose their own steps"),
         (["--atol", "1e-3"], "--atol is for solvers that choose their own steps"),
         (["--solver", "dopri5", "--rtol", "0"], "rtol must be a number of at least"),
         (["--solver", "dopri5", "--nfe", "10"], "no budget of steps or nfe"),
-        (["--solver", "dopri5", "--grid", "karras"], "needs steps="),
+        (["--solver", "dopri5", "--grid", "karras"], "--grid karras lays out steps, but dopri5 chooses its own"),
     ):
         assert main([*common, *arguments]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_compare_refuses_adaptive_solvers_before_any_work(model, images, tmp_path, capsys, monkeypatch):
+    from ddim_ode import cli
+
+    monkeypatch.setattr(cli, "reference", lambda *_, **__: pytest.fail("no work may be done"))
+    arguments = ["compare", "--model", model, "--images", images, "--out", str(tmp_path / "out")]
+    for budgets in ("2", "50"):  # fewer calls than a step takes, and more
+        assert main([*arguments, "--solvers", "ddim,dopri5,scipy-dop853", "--nfe", budgets]) == 2
+        assert "--solvers names dopri5, scipy-dop853, but adaptive solvers have" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_failures_are_named_by_their_kind(model, tmp_path, capsys, monkeypatch):

@@ -42,7 +42,20 @@ from ddim_ode import (
 )
 from ddim_ode.models.analytic import GaussianEpsilon, MixtureEpsilon
 from ddim_ode.solvers import get
-from ddim_ode.solvers.runge_kutta import BS32, DOP853, DOPRI5, EES25, HEUN, KUTTA3, MIDPOINT, RK4, density, size, trees
+from ddim_ode.solvers.runge_kutta import (
+    BS32,
+    DOP853,
+    DOPRI5,
+    EES25,
+    HEUN,
+    KUTTA3,
+    MIDPOINT,
+    RK4,
+    Inside,
+    density,
+    size,
+    trees,
+)
 
 #: Those whose calls are known beforehand; adaptive ones have a file of their own.
 ALL = [s for s in solvers() if not s.adaptive]
@@ -815,6 +828,20 @@ def test_a_perturbed_coefficient_is_refused(tableau):
         ({"error": (DOPRI5.error[0][:-1],)}, "a row of error must hold 7 entries, for 6 stages and the end"),
         ({"nodes": DOPRI5.c[:-1]}, "nodes must be the row sums of a"),
         ({"error": DOPRI5.error * 3, "embedded_orders": (4, 4, 4)}, "one or two rows"),
+        ({"error": ((0.0,) * 7,)}, "a row of error must not be all zeros"),
+        ({"order": 2.5}, "order of tableau dopri5 must be a whole number of at least 1, but got 2.5"),
+        ({"order": "5"}, "order of tableau dopri5 must be a whole number"),
+        ({"embedded_orders": 4}, "embedded_orders of tableau dopri5 must hold an order for each row of error"),
+        ({"embedded_orders": (None,)}, "embedded_orders of tableau dopri5 must be a whole number"),
+        ({"error": ((math.nan, *DOPRI5.error[0][1:]),)}, "a row of error of tableau dopri5 must hold finite numbers"),
+        ({"a": 1.0}, "a of tableau dopri5 must hold rows of numbers"),
+        ({"a": (None, *DOPRI5.a[1:])}, "a row of a of tableau dopri5 must hold finite numbers, but got None"),
+        ({"b": (math.nan, *DOPRI5.b[1:])}, "b of tableau dopri5 must hold finite numbers"),
+        ({"nodes": "abcdef"}, "nodes of tableau dopri5 must hold finite numbers"),
+        ({"inside": Inside(4, (), ((0.5, (0.5,) * 6),))}, "a row of inside.b must hold 7 entries, but has 6"),
+        ({"inside": Inside(4, ((0.5,),), ())}, "row i of inside.a must hold 7 \\+ i entries"),
+        ({"inside": Inside(9, (), ())}, "claims order 9"),
+        ({"inside": Inside(0, (), ())}, "inside.order of tableau dopri5 must be a whole number of at least 1"),
     ],
 )
 def test_an_embedded_tableau_with_a_mistake_is_refused(change, text):

@@ -24,7 +24,8 @@ from ddim_ode import (
     solvers,
 )
 from ddim_ode.models.analytic import GaussianEpsilon
-from ddim_ode.solvers.runge_kutta import HEUN
+from ddim_ode.solvers import arctan, asinh, flow
+from ddim_ode.solvers.runge_kutta import HEUN, RK4
 
 LINEAR = NoiseSchedule.linear()
 EXACT = GaussianEpsilon(torch.zeros(2, 3), torch.full((2, 3), 0.5))
@@ -102,6 +103,30 @@ def test_a_dtype_that_cannot_hold_the_states_is_refused():
         integrate(field, X, [cosine.sigma_max, 0.0], dtype=torch.float16)
     with pytest.raises(ValueError, match=r"x_bar, as torch.float16, must be finite"):
         integrate(field, 1e6 * X, [1.0, 0.0], dtype=torch.float16)
+
+
+@pytest.mark.parametrize("high", [3.0, 1.7])
+def test_a_clock_that_turns_back_is_refused(high):
+    """Whatever uses it, and where only the last of the run lies beyond the turn."""
+    back = Clock("back", np.sin, np.arcsin, lambda s: 1.0 / np.cos(s))
+    methods = [RungeKutta(RK4, back), Adaptive(clock=back), Multistep(2, clock=back)]
+    methods.append(SingleStep("s", 2, (0.0, 0.5), ((0,), (1,)), clock=back))
+    calls = FIELD.nfe
+    for method in methods:
+        with pytest.raises(ValueError, match="clock 'back' must rise strictly over the run, from sigma = 0"):
+            integrate(FIELD, X, [high, 0.0], method)
+    assert FIELD.nfe == calls
+    for method in methods:
+        assert integrate(FIELD, X, [1.5, 0.0], method).success
+
+
+@pytest.mark.parametrize("low", [0.0, 100.0, 149.9999999])
+def test_clocks_that_rise_are_not_refused(low):
+    """On long ranges and on ones that hardly resolve a tick."""
+    sqrt = Clock("sqrt", np.sqrt, np.square, lambda s: 2.0 * np.sqrt(s))
+    for u in (arctan(0.01), asinh(1e-3), flow(0.01), sqrt, Clock("cube", lambda s: s**3, np.cbrt, lambda s: s**-2 / 3)):
+        for method in (RungeKutta(HEUN, u), Multistep(2, clock=u), *([Adaptive(clock=u)] if low else [])):
+            assert integrate(FIELD, X, [150.0, low], method).success
 
 
 @pytest.mark.parametrize(

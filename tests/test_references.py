@@ -57,6 +57,34 @@ def test_dense_output_is_right_to_the_tolerance(problems, solver):
         assert float((saved - state).square().mean().sqrt()) < 1e-4 * np.sqrt(1.0 + level**2)
 
 
+@pytest.mark.parametrize(
+    ("solver", "each", "begun"),
+    [
+        (TorchDiffEq("dopri5"), 1, 0),
+        (TorchDiffEq("dopri8"), 15, 2),
+        (Scipy("DOP853"), 4, 0),
+        (Scipy("RK45"), 1, 0),
+        (Scipy("LSODA"), 1, 0),
+    ],
+    ids=lambda x: getattr(x, "name", None),
+)
+def test_what_dense_output_costs(solver, each, begun):
+    """Calls at each accepted step, and, over the two nodes that a run starts anew from, those at them."""
+    plain, dense = (integrate(FIELD, X, [3.0, 1.0, 0.0], solver, dense=kept) for kept in (False, True))
+    assert dense.outcome.accepted == plain.outcome.accepted
+    assert dense.nfe - plain.nfe == each * plain.outcome.accepted[0] + begun
+    torch.testing.assert_close(dense.x_bar, plain.x_bar, rtol=0, atol=0)
+
+
+def test_an_assertion_of_the_models_own_passes_through():
+    def eps(x_bar, sigma):
+        assert float(sigma.min()) > 1.0, "the model's own"
+        return EXACT(x_bar, sigma)
+
+    with pytest.raises(AssertionError, match="the model's own"):
+        integrate(EpsilonField.from_sigma(eps, LINEAR), X, [3.0, 0.0], "torchdiffeq-dopri5")
+
+
 def wall(below):
     """A field that is NaN below a σ, for one sample."""
 
@@ -166,6 +194,7 @@ def test_by_name_there_and_back(name):
         (lambda: TorchDiffEq(rtol=0.0), "rtol"),
         (lambda: Scipy(atol=float("nan")), "atol"),
         (lambda: Scipy(max_steps=0), "max_steps"),
+        (lambda: Scipy(rtol=1e-14), "rtol must be a number of at least 2.2e-14, scipy's own bound"),
     ],
 )
 def test_bad_arguments_are_named(make, says):

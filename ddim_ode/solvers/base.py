@@ -148,21 +148,35 @@ def _orders() -> dict[str, Any]:
     return json.loads(files("ddim_ode.solvers").joinpath("orders.json").read_text("utf-8"))
 
 
-def check_clock(u: Clock, low: float, high: float, slope: bool = True) -> None:
-    """Refuse a clock whose parts contradict each other between two noise levels: its inverse, and dσ/du if it is needed.
+def check_clock(u: Clock, low: float, high: float, *, inverse: bool = True, slope: bool = True) -> None:
+    """Refuse a clock that does not rise between two noise levels, or whose parts contradict each other there.
+
+    Its inverse and dσ/du are looked at where they are needed. At σ = 0 a clock may be infinite.
 
     Raises
     ------
     ValueError
-        With the level at which it does, what it says there and what it would have to say.
+        With the levels at which it does, and for a contradiction what it says there and what it would have to say.
     """
-    levels = np.geomspace(max(low, 1e-3 * high), high, 9)[1:-1]
+    probe = np.union1d(np.linspace(low, high, 65), np.geomspace(max(low, 1e-4 * high), high, 65))
+    # Levels closer than this may share a tick by rounding.
+    probe = probe[np.append(np.diff(probe) > 1e-9 * high, True)]
+    levels = np.geomspace(max(low, 1e-3 * high), high, 9)[1:]
     with np.errstate(all="ignore"):
-        back = np.asarray(u.sigma(u.u(levels)), dtype=np.float64)
-        step = 1e-5 * levels
-        rise = (np.asarray(u.u(levels + step)) - np.asarray(u.u(levels - step))) / (2.0 * step)
-        told = np.asarray(u.slope(levels), dtype=np.float64) * rise
-    parts = [("sigma(u(σ))", back / levels, 1.0)] + ([("slope(σ) du/dσ", told, 1.0)] if slope else [])
+        ticks = np.asarray(u.u(probe), dtype=np.float64)
+        if low == 0.0 and ticks.shape == probe.shape and not np.isfinite(ticks[0]):
+            ticks = ticks[1:]
+        if not (np.all(np.isfinite(ticks)) and np.all(np.diff(ticks) > 0.0)):
+            raise ValueError(f"clock {u.name!r} must rise strictly over the run, from sigma = {low:g} to {high:g}")
+        parts = []
+        if inverse:
+            parts.append(("sigma(u(σ))", np.asarray(u.sigma(u.u(levels)), dtype=np.float64) / levels, 1.0))
+        if slope:
+            # Backwards, to second order: above the last level there may be no clock.
+            step = 1e-5 * levels
+            here, back, further = (np.asarray(u.u(levels - i * step)) for i in range(3))
+            rise = (3.0 * here - 4.0 * back + further) / (2.0 * step)
+            parts.append(("slope(σ) du/dσ", np.asarray(u.slope(levels), dtype=np.float64) * rise, 1.0))
     for what, found, wanted in parts:
         if found.shape != levels.shape or not np.all(np.abs(found - wanted) < 1e-4):
             i = int(np.argmax(~(np.abs(found - wanted) < 1e-4))) if found.shape == levels.shape else 0

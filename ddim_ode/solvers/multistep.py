@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ddim_ode.grid import Grid
 from ddim_ode.schedule import whole
-from ddim_ode.solvers.base import Clock, Field, Solver, clock
+from ddim_ode.solvers.base import Clock, Field, Solver, check_clock, clock
 from ddim_ode.solvers.runge_kutta import KUTTA3, MIDPOINT, RK4, RungeKutta, _Stages, combine, run_stages
 
 __all__ = ["DATA", "Flow", "Gaussian", "Linear", "Multistep", "NOISE", "fit_gaussian"]
@@ -664,6 +664,8 @@ def _plan(member: Multistep, grid: Grid) -> tuple[Weights | _Corrected | _Stages
         )
     u = clock(member.clock, grid.schedule, grid.steps)
     ticks = ticks_of(u, grid)
+    if isinstance(member.clock, Clock):  # read inside the steps too, but neither inverted nor asked for its slope
+        check_clock(u, float(sigmas.min()), float(sigmas.max()), inverse=False, slope=False)
     # All quadrature nodes at once: a clock may be costly to read (t inverts a spline).
     nodes = sigmas[:-1, None] * _REST + sigmas[1:, None] * _X
     with np.errstate(divide="ignore"):

@@ -9,7 +9,7 @@ In a clock u the equation is :math:`d\bar x/du = \sigma'(u)\, \epsilon(\bar x, \
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddim_ode.grid import Grid
+from ddim_ode.schedule import whole
 from ddim_ode.solvers.base import Clock, Field, Solver, check_clock, clock
 
 __all__ = ["BS32", "DOP853", "DOPRI5", "EES25", "HEUN", "KUTTA3", "MIDPOINT", "RK4", "RungeKutta", "Tableau"]
@@ -68,6 +69,23 @@ def _slopes(tree: Tree, matrix: Array, found: dict[Tree, Array]) -> Array:
         branches = [matrix @ _slopes(branch, matrix, found) for branch in tree]
         found[tree] = np.prod(branches, axis=0) if branches else np.ones(len(matrix))
     return found[tree]
+
+
+def _row(values: Any, name: str) -> tuple[float, ...]:
+    """Finite numbers, or a ValueError that names them."""
+    try:
+        row = tuple(map(float, values))
+    except (TypeError, ValueError):
+        row = (math.nan,)
+    if not all(map(math.isfinite, row)):
+        raise ValueError(f"{name} must hold finite numbers, but got {values!r}")
+    return row
+
+
+def _matrix(rows: Any, name: str) -> tuple[tuple[float, ...], ...]:
+    if not isinstance(rows, Iterable):
+        raise ValueError(f"{name} must hold rows of numbers, but got {rows!r}")
+    return tuple(_row(row, f"a row of {name}") for row in rows)
 
 
 # -- tableaus -----------------------------------------------------------------------------------
@@ -125,8 +143,8 @@ class Tableau:
     Raises
     ------
     ValueError
-        If the rows have the wrong lengths, the nodes are not the row sums, or the tableau or one of its embedded
-        solutions fails an order condition.
+        If something is not a finite number, the rows have the wrong lengths, the nodes are not the row sums, a row of
+        error is all zeros, or the tableau or one of its embedded solutions fails an order condition.
 
     References
     ----------
@@ -145,20 +163,21 @@ class Tableau:
 
     def __post_init__(self) -> None:
         set_ = partial(object.__setattr__, self)
-        set_("a", tuple(tuple(map(float, row)) for row in self.a))
-        set_("b", tuple(map(float, self.b)))
-        set_("error", tuple(tuple(map(float, row)) for row in self.error))
-        set_("embedded_orders", tuple(self.embedded_orders))
-        for order in (self.order, *self.embedded_orders):
-            if not 1 <= order <= _HIGHEST:
-                raise ValueError(
-                    f"tableau {self.name} claims order {order}, but conditions are checked up to order {_HIGHEST}"
-                )
+        set_("a", _matrix(self.a, f"a of tableau {self.name}"))
+        set_("b", _row(self.b, f"b of tableau {self.name}"))
+        set_("error", _matrix(self.error, f"error of tableau {self.name}"))
+        if not isinstance(self.embedded_orders, Iterable):
+            raise ValueError(
+                f"embedded_orders of tableau {self.name} must hold an order for each row of error, such as (4,), "
+                f"but got {self.embedded_orders!r}"
+            )
+        set_("order", self._order(self.order, "order"))
+        set_("embedded_orders", tuple(self._order(order, "embedded_orders") for order in self.embedded_orders))
         stages = len(self.b)
         if [len(row) for row in self.a] != list(range(stages)):
             raise ValueError(f"tableau {self.name}: row i of a must hold i entries, for {stages} stages")
         if self.nodes is not None:
-            set_("nodes", tuple(map(float, self.nodes)))
+            set_("nodes", _row(self.nodes, f"nodes of tableau {self.name}"))
             sums = [sum(row) for row in self.a]
             if len(self.c) != stages or not np.allclose(self.c, sums, rtol=0.0, atol=_ROUNDING):
                 raise ValueError(f"tableau {self.name}: nodes must be the row sums of a, {sums}, but are {self.nodes}")
@@ -171,6 +190,10 @@ class Tableau:
             raise ValueError(
                 f"tableau {self.name}: a row of error must hold {stages + 1} entries, for {stages} stages and the end of the step"
             )
+        if not all(map(any, self.error)):
+            raise ValueError(
+                f"tableau {self.name}: a row of error must not be all zeros, by which every step would look right"
+            )
         # The slope at the end of the step is one more stage, whose row is b.
         matrix = np.zeros((stages + 1, stages + 1))
         matrix[:stages, :stages], matrix[stages, :stages] = self.matrix, self.b
@@ -179,13 +202,34 @@ class Tableau:
         for i, (row, order) in enumerate(zip(self.error, self.embedded_orders, strict=True)):
             self._check(matrix, b - np.array(row), order, f"the embedded solution {i} of tableau {self.name}")
         if self.inside is not None:
-            size_ = stages + 1 + len(self.inside.a)
-            matrix = np.pad(matrix, (0, len(self.inside.a)))
-            for i, row in enumerate(self.inside.a, stages + 1):
-                matrix[i, :i] = row
-            for theta, row in self.inside.b:
-                name = f"the state of tableau {self.name} at {theta:g} of a step"
-                self._check(matrix, np.array(row).reshape(size_), self.inside.order, name, theta)
+            self._check_inside(self.inside, matrix)
+
+    def _check_inside(self, inside: Inside, matrix: Array) -> None:
+        own = len(matrix)
+        order = self._order(inside.order, "inside.order")
+        rows = _matrix(inside.a, f"inside.a of tableau {self.name}")
+        size_ = own + len(rows)
+        if [len(row) for row in rows] != list(range(own, size_)):
+            raise ValueError(f"tableau {self.name}: row i of inside.a must hold {own} + i entries")
+        matrix = np.pad(matrix, (0, len(rows)))
+        for i, row in enumerate(rows, own):
+            matrix[i, :i] = row
+        for theta, weights in inside.b:
+            name = f"the state of tableau {self.name} at {theta:g} of a step"
+            row = _row(weights, f"inside.b of tableau {self.name}")
+            if len(row) != size_:
+                raise ValueError(
+                    f"tableau {self.name}: a row of inside.b must hold {size_} entries, but has {len(row)}"
+                )
+            self._check(matrix, np.array(row), order, name, theta)
+
+    def _order(self, order: Any, name: str) -> int:
+        order = whole(order, f"{name} of tableau {self.name}")
+        if order > _HIGHEST:
+            raise ValueError(
+                f"tableau {self.name} claims order {order}, but conditions are checked up to order {_HIGHEST}"
+            )
+        return order
 
     @staticmethod
     def _check(matrix: Array, b: Array, order: int, name: str, theta: float = 1.0) -> None:
