@@ -25,6 +25,10 @@ def test_the_block_runs(block, monkeypatch):
         exec(compile(block, "<block>", "exec"), {"__name__": "__main__"})
 
 
+def test_nothing_is_left_to_fill_in():
+    assert [page.name for page in PAGES if "@@" in page.read_text("utf-8")] == []
+
+
 def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text("utf-8")):
