@@ -221,6 +221,11 @@ def again(name: str, found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _known(error: float | None) -> bool:
+    """Whether there is an error: NaN is none, and null in a record."""
+    return error is not None and math.isfinite(error)
+
+
 def ratios(name: str, own: list[dict[str, Any]], packages: dict[str, Any]) -> list[dict[str, Any]]:
     """Our default's error over the best peer's, by budget: at its own options, and with nodes of ours as well."""
     targets = TARGETS[_sort(name)]
@@ -233,7 +238,7 @@ def ratios(name: str, own: list[dict[str, Any]], packages: dict[str, Any]) -> li
                 package: best["rms"]
                 for package, found in packages.items()
                 for best in found.get(kind, ())
-                if best["nfe"] == budget and math.isfinite(best["rms"])
+                if best["nfe"] == budget and _known(best["rms"])
             }
             peer = min(errors, key=lambda package: errors[package]) if errors else None
             ratio = math.nan if peer is None else default / errors[peer]
@@ -241,7 +246,7 @@ def ratios(name: str, own: list[dict[str, Any]], packages: dict[str, Any]) -> li
         medians = [found["least_median"][i] for found in packages.values() if "least_median" in found]
         own_median = next(r["median"] for r in own if r["solver"] == "default" and r["nfe"] == budget)
         # NaN where nobody could run.
-        row["ratio_median"] = own_median / min((x for x in medians if math.isfinite(x)), default=math.nan)
+        row["ratio_median"] = own_median / min((x for x in medians if _known(x)), default=math.nan)
         rows.append(row | {"met": None if row["peer"] is None else row["ratio"] <= targets[budget]})
     return rows
 
