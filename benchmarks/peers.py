@@ -271,7 +271,9 @@ def figure(record: dict[str, Any]) -> Figure:
         for label, points, look in lines:
             errors = [math.nan if row["rms"] is None else row["rms"] for row in points]
             axes.plot([row["nfe"] for row in points], errors, label=label, ms=4.5, **look)
+        least = min(row["rms"] for _, points, _ in lines for row in points if row["rms"] is not None)
         axes.axhline(found["reference_difference"], color="0.5", ls=":", lw=1.0)
+        axes.set_ylim(bottom=least / 3.0)
         axes.set(xscale="log", yscale="log", title=f"{name}, {found['samples']} latents")
         axes.set_xticks(BUDGETS, [str(n) for n in BUDGETS])
         axes.minorticks_off()
