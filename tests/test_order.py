@@ -25,12 +25,14 @@ from benchmarks.convergence import (
     LOW,
     ORDERS,
     PROBLEMS,
+    ROOT,
     STEPS,
     STEPS_TO_ZERO,
     cases,
     errors,
     expected_order,
     measured_order,
+    page,
     problems_of,
     sigma_grid,
     smooth_at_zero,
@@ -132,6 +134,10 @@ def test_the_orders_that_the_package_tells_are_those_stated():
         assert high < max(expected_order(solver, p, g) for p in PROBLEMS for g in GRIDS) + 0.2, name
     assert all(s.measured for s in solvers() if not isinstance(s, (TorchDiffEq, Scipy)))
     assert Multistep(2, clock="log", linear=DATA, label="unknown").measured is None
+
+
+def test_the_page_holds_the_table_of_what_solvers_say():
+    assert page() in (ROOT / "docs/solvers.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy.integrate
@@ -64,15 +64,28 @@ class _NonFinite(Exception):
 class _Reference(Solver):
     """What the solvers of other packages share."""
 
+    method: str
     rtol: float
     atol: float
     max_steps: int
     adaptive = True
     start = "chooses its first step"
+    #: Order and calls a step of each method.
+    _METHODS: ClassVar[dict[str, tuple[int, int]]]
 
     def _check(self) -> None:
+        if self.method not in self._METHODS:
+            raise ValueError(f"method must be one of {', '.join(self._METHODS)}, but got {self.method!r}")
         check_tolerances(self.rtol, self.atol)
         object.__setattr__(self, "max_steps", whole(self.max_steps, "max_steps"))
+
+    @property
+    def order(self) -> int:  # type: ignore[override]
+        return self._METHODS[self.method][0]
+
+    @property
+    def nfe_per_step(self) -> int:  # type: ignore[override]
+        return self._METHODS[self.method][1]
 
     @abstractmethod
     def _solve(
@@ -188,24 +201,20 @@ class TorchDiffEq(_Reference):
     max_steps: int = 10_000
 
     source = "torchdiffeq, Chen et al. 2018"
-    _METHODS = {"dopri5": (5, 6), "dopri8": (8, 13), "bosh3": (3, 3), "fehlberg2": (2, 2), "adaptive_heun": (2, 2)}  # noqa: RUF012
+    _METHODS: ClassVar = {
+        "dopri5": (5, 6),
+        "dopri8": (8, 13),
+        "bosh3": (3, 3),
+        "fehlberg2": (2, 2),
+        "adaptive_heun": (2, 2),
+    }
 
     def __post_init__(self) -> None:
-        if self.method not in self._METHODS:
-            raise ValueError(f"method must be one of {', '.join(self._METHODS)}, but got {self.method!r}")
         self._check()
 
     @property
     def name(self) -> str:  # type: ignore[override]
         return f"torchdiffeq-{self.method}{'-adjoint' if self.adjoint else ''}"
-
-    @property
-    def order(self) -> int:  # type: ignore[override]
-        return self._METHODS[self.method][0]
-
-    @property
-    def nfe_per_step(self) -> int:  # type: ignore[override]
-        return self._METHODS[self.method][1]
 
     def _solve(
         self, ask: Ask, x_bar: Tensor, sigma: float, to: float, dense: bool, params: tuple[Tensor, ...]
@@ -338,11 +347,16 @@ class Scipy(_Reference):
     max_steps: int = 100_000
 
     differentiable = False
-    _METHODS = {"RK23": (3, 3), "RK45": (5, 6), "DOP853": (8, 12), "Radau": (5, 3), "BDF": (5, 1), "LSODA": (5, 1)}  # noqa: RUF012
+    _METHODS: ClassVar = {
+        "RK23": (3, 3),
+        "RK45": (5, 6),
+        "DOP853": (8, 12),
+        "Radau": (5, 3),
+        "BDF": (5, 1),
+        "LSODA": (5, 1),
+    }
 
     def __post_init__(self) -> None:
-        if self.method not in self._METHODS:
-            raise ValueError(f"method must be one of {', '.join(self._METHODS)}, but got {self.method!r}")
         self._check()
         least = 100.0 * float(np.finfo(np.float64).eps)
         if self.rtol < least:
@@ -351,14 +365,6 @@ class Scipy(_Reference):
     @property
     def name(self) -> str:  # type: ignore[override]
         return f"scipy-{self.method.lower()}"
-
-    @property
-    def order(self) -> int:  # type: ignore[override]
-        return self._METHODS[self.method][0]
-
-    @property
-    def nfe_per_step(self) -> int:  # type: ignore[override]
-        return self._METHODS[self.method][1]
 
     @property
     def source(self) -> str:  # type: ignore[override]
