@@ -480,15 +480,11 @@ class Multistep(Solver):
         if self.corrector not in (None, "free", "pece"):
             raise ValueError(f'corrector must be None, "free" or "pece", but got {self.corrector!r}')
         # The own quantity of these two has a name.
-        own = (
-            "data"
-            if self.linear is DATA
-            else "noise"
-            if self.linear is NOISE or isinstance(self.linear, Gaussian)
-            else "own"
-        )
-        if self.quantity is None or (self.quantity == "own" and self.linear in (NOISE, DATA)):
-            object.__setattr__(self, "quantity", own)
+        named = {NOISE: "noise", DATA: "data"}.get(self.linear)
+        if self.quantity is None:
+            object.__setattr__(self, "quantity", named or ("noise" if isinstance(self.linear, Gaussian) else "own"))
+        elif self.quantity == "own" and named:
+            object.__setattr__(self, "quantity", named)
         if self.quantity not in _QUANTITIES:
             raise ValueError(f"unknown quantity {self.quantity!r}: known are {', '.join(_QUANTITIES)}")
 
@@ -696,12 +692,12 @@ def _plan(member: Multistep, grid: Grid) -> tuple[Weights | _Corrected | _Stages
     return tuple(out)
 
 
-def weigh(linear: Linear, quantity: str, over: _Over, sigmas: Array, ticks: Array) -> Weights:
-    """P and the weights on the stored z at `sigmas` (with their `ticks`) of the step `over`.
+def weigh(linear: Linear, quantity: str, step: _Over, sigmas: Array, ticks: Array) -> Weights:
+    """P and the weights on the stored z at `sigmas` (with their `ticks`) of the `step`.
 
     They are nodes of a run, newest first, or evaluations inside a step; what lies at σ = 0 is as docs/solvers.md says.
     """
-    sigma, to, tick_to, _, _ = over
+    sigma, to, tick_to, _, _ = step
     newest = float(sigmas[0])
     euler = Weights(newest, None, (to - sigma,))
     if sigma == 0.0 and quantity == "score":
@@ -717,19 +713,19 @@ def weigh(linear: Linear, quantity: str, over: _Over, sigmas: Array, ticks: Arra
         # P → 0 and the kernel becomes a delta at σ = 0: x̄ is the polynomial's own value there.
         values = _lagrange(ticks[:count], np.array(tick_to)) if count > 1 else np.ones(1)
         return Weights(newest, 0.0, tuple(map(float, values)))
-    return _integrate(linear, quantity, over, sigmas[:count], ticks[:count])
+    return _integrate(linear, quantity, step, sigmas[:count], ticks[:count])
 
 
-def _correct(linear: Linear, quantity: str, over: _Over, sigmas: Array, ticks: Array) -> Weights | None:
-    """The weights of the step `over` with its end, ``sigmas[0]``, among the nodes; None where they would be singular."""
+def _correct(linear: Linear, quantity: str, step: _Over, sigmas: Array, ticks: Array) -> Weights | None:
+    """The weights of the `step` with its end, ``sigmas[0]``, among the nodes; None where they would be singular."""
     singular = linear.singular or quantity in ("data", "score")
-    if singular and min(over.sigma, over.to) == 0.0:
+    if singular and min(step.sigma, step.to) == 0.0:
         return None
     usable = _usable(linear, quantity, sigmas, ticks)
     if not usable[:2].all():
         return None
     count = int(np.argmin(usable)) or usable.size
-    return _integrate(linear, quantity, over, sigmas[:count], ticks[:count])
+    return _integrate(linear, quantity, step, sigmas[:count], ticks[:count])
 
 
 def _usable(linear: Linear, quantity: str, sigmas: Array, ticks: Array) -> NDArray[np.bool_]:
@@ -738,9 +734,9 @@ def _usable(linear: Linear, quantity: str, sigmas: Array, ticks: Array) -> NDArr
     return np.isfinite(ticks) & ((sigmas > 0.0) | (not blind))
 
 
-def _integrate(linear: Linear, quantity: str, over: _Over, sigmas: Array, ticks: Array) -> Weights:
+def _integrate(linear: Linear, quantity: str, step: _Over, sigmas: Array, ticks: Array) -> Weights:
     """The formula itself: the integral of each cardinal polynomial against the kernel."""
-    sigma, to, _, s, clocks = over
+    sigma, to, _, s, clocks = step
     basis = _lagrange(ticks, clocks) if sigmas.size > 1 else np.ones((1, s.size))
     g = partial(_QUANTITIES[quantity], linear)
     kernel, scale = linear.propagator(s, to), g(s)
