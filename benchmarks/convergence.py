@@ -17,7 +17,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from ddim_ode import (
 from ddim_ode.comparison import circumstances
 from ddim_ode.files import output_folder, replacing, write_json
 from ddim_ode.models.analytic import GaussianEpsilon, MixtureEpsilon
-from ddim_ode.solvers import get
+from ddim_ode.solvers import AsynchronousLeapfrog, ImplicitMidpoint, Inverse, TwoStep, get
 from ddim_ode.solvers.runge_kutta import BS32, DOP853, DOPRI5, EES25, HEUN, KUTTA3, MIDPOINT, RK4
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,10 +64,12 @@ STEPS_STEEP = {5: (120, 240, 480), 8: (12, 24, 48)}
 #: not seen over fewer steps; and for weights that miss the slope on uneven steps by little.
 STEPS_LATE = {
     "flowdown5-rk": (240, 480, 960), "flowup4": (768, 1536, 3072), "ipndm": (768, 1536, 3072), "unipc3": (192, 384, 768),
+    "mf-ddim": (192, 384, 768), "mf-midpoint": (192, 384, 768), "mf-kutta3": (192, 384, 768),
 }  # fmt: skip
 SCHEDULE = NoiseSchedule.linear()
 #: Levels between the nodes of every grid of the study, and as evenly spread as so few can be: for dense output.
 BETWEEN = LOW + (HIGH - LOW) * np.sort(np.arange(1.0, 49.0) * 0.6180339887498949 % 1.0)
+_ITERATE = (ImplicitMidpoint, Inverse)
 #: What the package and its pages say of measured orders is read from here.
 ORDERS = ROOT / "ddim_ode/solvers/orders.json"
 
@@ -81,7 +83,16 @@ def cases() -> dict[str, Solver]:
     part (not the problem's own).
     """
     members = [
-        *(s for s in solvers() if not s.adaptive),
+        *(s for s in solvers() if s.budgeted),
+        # Those that iterate, to rounding.
+        *(
+            replace(s, tol=1e-13)
+            for s in (*solvers(), get("inverse-heun"), get("inverse-rk4"))
+            if isinstance(s, _ITERATE)
+        ),
+        *(get(f"mf-{name}") for name in ("ddim", "kutta3")),
+        *(make(clock=u) for make in (TwoStep, AsynchronousLeapfrog) for u in ("log", "arctan")),
+        ImplicitMidpoint(tol=1e-13, clock="arctan"),
         *(get(f"{s.name}-rk") for s in solvers() if isinstance(s, Multistep) and s.k > 1),
         *(RungeKutta(tableau, clock=u) for u in ("log", "arctan") for tableau in (MIDPOINT, HEUN, KUTTA3, RK4, EES25)),
         RungeKutta(RK4, clock="t"),
@@ -105,19 +116,23 @@ def steps_of(solver: Solver) -> tuple[int, ...]:
     return STEPS_LATE.get(solver.name) or STEPS_STEEP.get(solver.order, STEPS)
 
 
+_SUPERCONVERGENT = {"midpoint": 3, "mf-midpoint": 3, "alf": 4, "alf-flow": 4}
+
+
 def expected_order(solver: Solver, problem: str, grid: str = "jittered") -> int:
     r"""The order theory gives a solver on a problem: its own, but for one superconvergent pair, and for iPNDM.
 
     The explicit midpoint rule in σ has the leading local error :math:`h^3 (x'''/24 + a x''/8)` on a linear field
     :math:`x' = a(\sigma) x`. On Gaussian data :math:`x = \sqrt{\lambda + \sigma^2}` times a constant and
     :math:`a = \sigma/x^2`, so that :math:`x'' = \lambda/x^3`, :math:`x''' = -3\lambda\sigma/x^5`, and the two terms
-    cancel: the order is 3 there, in both directions and on any grid.
+    cancel: the order is 3 there, in both directions and on any grid; so it is for what is made of it. The asynchronous
+    leapfrog takes the same step and is symmetric besides, so that its order is even: 4.
 
     iPNDM's order of 1 is that of any grid; where steps change smoothly it is 2.
     """
     if solver.name == "ipndm" and grid != "jittered":
         return 2
-    return 3 if (solver.name, problem) == ("midpoint", "gaussian") else solver.order
+    return _SUPERCONVERGENT.get(solver.name, solver.order) if problem == "gaussian" else solver.order
 
 
 # -- grids --------------------------------------------------------------------------------------
@@ -127,7 +142,7 @@ def smooth_at_zero(solver: Solver) -> bool:
     ε is a smooth function of σ, odd along a trajectory, and x̂₀ an even one: of σ², hence of t, which starts like σ².
     So polynomials in σ, arctan σ or asinh σ follow both, polynomials in t follow x̂₀ alone, and none in log σ reaches 0.
     """
-    u = getattr(solver, "clock", "sigma")
+    u = getattr(getattr(solver, "base", solver), "clock", "sigma")
     u = u if isinstance(u, str) else u.name.partition("(")[0]
     if isinstance(solver, Multistep) and (solver.linear is DATA or solver.quantity == "score"):
         return u in ("t", "variance")
@@ -346,7 +361,7 @@ def _rows(steps: Sequence[int], low: float) -> list[dict[str, Any]]:
                 "measured_order": measured_order(found),
                 "dense_order": dense,
                 "steps": list(steps),
-                "nfe": [solver.calls(sigma_grid(grid, n, direction, low)) for n in steps],
+                "nfe": [solver.calls(sigma_grid(grid, n, direction, low)) if solver.budgeted else None for n in steps],
                 "errors": found,
             }
         )
@@ -404,9 +419,10 @@ def page() -> str:
     span = lambda found: "–" if found is None else f"{found[0]:.2f} to {found[1]:.2f}"
     for solver in (*solvers(), *(get(f"{s.name}-rk") for s in solvers() if isinstance(s, Multistep) and s.k > 1)):
         found = solver.measured or {"measured_order": None, "dense_order": None}
+        calls = "iterates" if solver.iterative else solver.nfe_per_step
         lines.append(
             f"| `{solver.name}` | {solver.order} | {span(found['measured_order'])} | {span(found['dense_order'])} | "
-            f"{solver.nfe_per_step} | {solver.start} | {solver.exact} | {solver.states} | {solver.source} |"
+            f"{calls} | {solver.start} | {solver.exact} | {solver.states} | {solver.source} |"
         )
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """DDIM sampling as what it is: one ordinary differential equation in σ and x̄, and its solvers."""
 
 from ddim_ode.checking import Report, check
+from ddim_ode.codes import Code, load_code
 from ddim_ode.dense import Dense
 from ddim_ode.field import EpsilonField
 from ddim_ode.grid import Grid, grids
@@ -14,11 +15,15 @@ from ddim_ode.solvers import (
     DATA,
     NOISE,
     Adaptive,
+    AsynchronousLeapfrog,
     Clock,
     Flow,
     Gaussian,
+    ImplicitMidpoint,
+    Inverse,
     Ipndm,
     Linear,
+    McCallumFoster,
     Multistep,
     RungeKutta,
     Scipy,
@@ -26,16 +31,17 @@ from ddim_ode.solvers import (
     Solver,
     Tableau,
     TorchDiffEq,
+    TwoStep,
     fit_gaussian,
     solvers,
 )
 
 __all__ = [
-    "DATA", "NOISE", "Adaptive", "Clock", "Dense", "EpsilonField", "Flow", "Gaussian", "Grid", "Ipndm",
-    "LatentWarning", "Linear", "ModelWarning", "Multistep", "NoiseSchedule", "Outcome", "Report", "RoundTrip",
-    "RungeKutta", "Scipy", "SingleStep", "Solution", "Solver", "Status", "Step", "Tableau", "TorchDiffEq", "check",
-    "decode", "encode", "fit_gaussian", "grids", "integrate", "interpolate", "load", "noise", "round_trip",
-    "sample", "slerp", "solvers",
+    "DATA", "NOISE", "Adaptive", "AsynchronousLeapfrog", "Clock", "Code", "Dense", "EpsilonField", "Flow", "Gaussian",
+    "Grid", "ImplicitMidpoint", "Inverse", "Ipndm", "LatentWarning", "Linear", "McCallumFoster", "ModelWarning",
+    "Multistep", "NoiseSchedule", "Outcome", "Report", "RoundTrip", "RungeKutta", "Scipy", "SingleStep", "Solution",
+    "Solver", "Status", "Step", "Tableau", "TorchDiffEq", "TwoStep", "check", "decode", "encode", "fit_gaussian",
+    "grids", "integrate", "interpolate", "load", "load_code", "noise", "round_trip", "sample", "slerp", "solvers",
 ]  # fmt: skip
 
 __version__ = "0.1.0"

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import ddim_ode
 from ddim_ode import data, datasets, plotting
 from ddim_ode.checking import check
-from ddim_ode.comparison import circumstances, compare, reference, refuse_adaptive
+from ddim_ode.comparison import circumstances, compare, reference, refuse_unbudgeted
 from ddim_ode.field import EpsilonField
 from ddim_ode.files import output_folder, to_json, write_json
 from ddim_ode.grid import Grid, grids
@@ -81,7 +81,7 @@ def _compare(o: argparse.Namespace) -> int:
     field, dtype = _field(o), _DTYPES[o.dtype]
     # A name or a budget given twice is measured once.
     names = list(dict.fromkeys(get(name).name if name != "default" else name for name in _split(o.solvers)))
-    refuse_adaptive(names, "--solvers")
+    refuse_unbudgeted(names, "--solvers")
     budgets = list(dict.fromkeys(_whole(x, "--nfe") for x in _split(o.nfe)))
     _whole(o.reference_nfe, "--reference-nfe", get("ab4-rk").nfe(1))  # for the reference itself would call it nfe
     if not names or not budgets:
@@ -390,6 +390,8 @@ def _solvers(o: argparse.Namespace) -> int:
         "exact",
         "states",
         "adaptive",
+        "iterative",
+        "paired",
         "differentiable",
         "source",
     )
@@ -403,8 +405,9 @@ def _solvers(o: argparse.Namespace) -> int:
     for row in rows:
         found = (row["measured"] or {}).get("measured_order")
         span = "–" if found is None else f"{found[0]:.2f}–{found[1]:.2f}"
+        calls = "iterates" if row["iterative"] else row["nfe_per_step"]
         print(
-            f"{row['name']:<20}{row['order']:>6}{span:>14}{row['nfe_per_step']:>14}{row['states']:>8}  {row['start']:<24}"
+            f"{row['name']:<20}{row['order']:>6}{span:>14}{calls:>14}{row['states']:>8}  {row['start']:<24}"
             f"{row['exact']:<16}{row['source']}"
         )
     print(

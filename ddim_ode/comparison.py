@@ -146,9 +146,9 @@ def compare(
     Raises
     ------
     ValueError
-        If a solver is unknown or adaptive, before any model call.
+        If a solver is unknown, adaptive or iterative, before any model call.
     """
-    refuse_adaptive(solvers, "solvers=")
+    refuse_unbudgeted(solvers, "solvers=")
     if exact is None:
         advance("reference")
         exact = reference(evaluate, latent)
@@ -217,13 +217,13 @@ def compare(
     return found
 
 
-def refuse_adaptive(solvers: Sequence[str], named: str) -> None:
+def refuse_unbudgeted(solvers: Sequence[str], named: str) -> None:
     """Refuse solvers that no budget of calls can be given to; `named` says where they were named."""
-    adaptive = [name for name in solvers if name != "default" and get(name).adaptive]
-    if adaptive:
+    without = [name for name in solvers if name != "default" and not get(name).budgeted]
+    if without:
         raise ValueError(
-            f"{named} names {', '.join(map(str, adaptive))}, but adaptive solvers have tolerances and no budget of calls to be "
-            "compared at: leave them out"
+            f"{named} names {', '.join(map(str, without))}, but adaptive solvers have tolerances, iterative ones equations to "
+            "solve, and neither a budget of calls to be compared at: leave them out"
         )
 
 

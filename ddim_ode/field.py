@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -357,6 +358,28 @@ class EpsilonField:
         given = (x for x in (self.condition, self.null_condition) if x is not None)
         return tuple(x for x in (*own, *given) if x.requires_grad)
 
+    def describe(self) -> dict[str, Any]:
+        """What an encoding depends on besides the images, as plain data: a hash of the weights, and how they are asked.
+
+        ``weights`` is the SHA-256 of a module's parameters and buffers, None for a model that is not a module: such models
+        cannot be told apart.
+        """
+        given = {"condition": self.condition, "null_condition": self.null_condition}
+        return {
+            "weights": _digest(self.model.state_dict()) if isinstance(self.model, nn.Module) else None,
+            "shape": None if self.shape is None else list(self.shape),
+            "prediction": self.prediction,
+            "coordinates": self.coordinates,
+            "label": self.label,
+            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+            "autocast": None if self.autocast is None else str(self.autocast).removeprefix("torch."),
+            "guidance_scale": self.guidance_scale,
+            "condition": _digest({name: x for name, x in given.items() if x is not None})
+            if any(x is not None for x in given.values())
+            else None,
+            "schedule": hashlib.sha256(repr(sorted(self.schedule.config.items())).encode()).hexdigest()[:16],
+        }
+
     @property
     def dtype(self) -> torch.dtype | None:
         """What the model computes in; None: whatever the state is in."""
@@ -532,6 +555,17 @@ class EpsilonField:
             return out if plain else a * x_bar + b * out
 
         return evaluate
+
+
+def _digest(tensors: Mapping[str, Any]) -> str:
+    """SHA-256 of named tensors: names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        x = tensors[name]
+        if isinstance(x, Tensor):
+            digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+            digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _clipped(evaluate: Evaluate, most: float, quantile: float | None) -> Evaluate:

@@ -137,6 +137,8 @@ class Grid:
             ``flow``
                 Even in (σ/(c + σ))^{1/ρ} down to 0: for c = ρ = 1 even in rectified flow's time. Options ``c`` (3 + 20/S)
                 and ``rho`` (1.9 + 3/S): few steps are better off at large σ.
+            ``flow-up``
+                The same with ``c`` (0.36 √S) and ``rho`` (2.1) for encoding, where few steps are better off near the data.
         schedule : NoiseSchedule
             The schedule to cover.
         steps : int
@@ -235,9 +237,18 @@ def _arctan(schedule: NoiseSchedule, steps: int, c: float = 1.0) -> Array:
 
 
 def _flow(schedule: NoiseSchedule, steps: int, c: float | None = None, rho: float | None = None) -> Array:
-    # Chosen with the default solver: benchmarks/defaults.py.
+    # Chosen with the default solver of sampling: benchmarks/defaults.py.
     c = 3.0 + 20.0 / steps if c is None else c
     rho = 1.9 + 3.0 / steps if rho is None else rho
+    return _flow_grid(schedule, steps, c, rho)
+
+
+def _flow_up(schedule: NoiseSchedule, steps: int, c: float | None = None, rho: float = 2.1) -> Array:
+    # And with that of encoding.
+    return _flow_grid(schedule, steps, 0.36 * math.sqrt(steps) if c is None else c, rho)
+
+
+def _flow_grid(schedule: NoiseSchedule, steps: int, c: float, rho: float) -> Array:
     end = schedule.sigma_max / (c + schedule.sigma_max)
     u = end * (np.arange(steps, 0.0, -1.0) / steps) ** rho
     sigmas = c * u / (1.0 - u)
@@ -263,4 +274,5 @@ _RULES: dict[str, Callable[..., Array]] = {
     "asinh": _asinh,
     "arctan": _arctan,
     "flow": _flow,
+    "flow-up": _flow_up,
 }

@@ -39,6 +39,7 @@ def integrate(
     gradients: bool = False,
     checkpoint: bool = False,
     rows: slice | Tensor | None = None,
+    second: Tensor | None = None,
 ) -> Solution:
     r"""Solve eq. 14, :math:`d\bar x = \epsilon(\bar x, \sigma)\, d\sigma`, over a monotone sequence of σ.
 
@@ -75,6 +76,8 @@ def integrate(
         ``field.nfe``, not in ``Solution.nfe``.
     rows : slice or Tensor, optional
         Which rows of the field's conditions, and which samples for a callback, the batch stands for.
+    second : Tensor, optional
+        The second state at ``sigmas[0]``, for a solver that keeps two: ``Solution.second`` of the run to be undone.
 
     Returns
     -------
@@ -98,6 +101,8 @@ def integrate(
     method = get(solver)
     if (gradients or checkpoint) and not method.differentiable:
         raise ValueError(f"gradients do not flow through {method.name}, which leaves torch: use another solver")
+    if second is not None and not method.paired:
+        raise ValueError(f"second is for solvers that keep two states, and {method.name} keeps one: leave it out")
     if checkpoint and method.adaptive:
         raise ValueError(f"checkpoint=True needs steps that are known beforehand, and {method.name} chooses its own")
     if (gradients or checkpoint) and torch.is_inference_mode_enabled():
@@ -106,13 +111,20 @@ def integrate(
         raise ValueError("a field that clips or thresholds the predicted data cannot encode: make one without")
     levels = None if save_at is None else _levels(save_at, grid)
     check_state(field, x_bar, "x_bar")
+    if second is not None:
+        check_state(field, second, "second")
+        if second.shape != x_bar.shape:
+            raise ValueError(
+                f"second must have the shape of the state, {tuple(x_bar.shape)}, but got {tuple(second.shape)}"
+            )
     with torch.set_grad_enabled(gradients or checkpoint):
         if dtype is not None:
             x_bar = to_dtype(x_bar, dtype, float(grid.sigmas.max()))
             check_state(field, x_bar, f"x_bar, as {dtype},")
-        run = _run(
-            field, x_bar, grid, method, callback, progress, trajectory, dense or levels is not None, checkpoint, rows
-        )
+        if second is not None:
+            second = to_dtype(second, x_bar.dtype, float(grid.sigmas.max()))
+        wants_dense = dense or levels is not None
+        run = _run(field, x_bar, second, grid, method, callback, progress, trajectory, wants_dense, checkpoint, rows)
         if levels is None:
             return run
         saved = torch.stack([run.out(level) for level in levels])
@@ -138,6 +150,7 @@ class _Watched:
     def __init__(self, bound: Callable[..., Tensor], dense: bool) -> None:
         self.bound, self.dense, self.calls = bound, dense, 0
         self.node: float | None = None  # where the step began, until its slope there is known
+        self.at: Tensor | None = None  # and with what state
         self.slope: Tensor | None = None
         self.visits: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
         self.parameters: tuple[Tensor, ...] = ()  # what an adjoint takes gradients to, besides the state
@@ -145,8 +158,8 @@ class _Watched:
     def __call__(self, x_bar: Tensor, sigma: float | Tensor, rows: Tensor | None = None) -> Tensor:
         self.calls += 1
         eps = self.bound(x_bar, sigma) if rows is None else self.bound(x_bar, sigma, rows)
-        if self.node is not None and rows is None and sigma == self.node:
-            self.slope, self.node = eps, None
+        if self.node is not None and rows is None and sigma == self.node and x_bar is self.at:
+            self.slope, self.node, self.at = eps, None, None
         return eps
 
     def visit(self, rows: Tensor, sigma: Tensor, x_bar: Tensor, slope: Tensor | None) -> None:
@@ -158,6 +171,7 @@ class _Watched:
 def _run(
     field: EpsilonField,
     start: Tensor,
+    second: Tensor | None,
     grid: Grid,
     solver: Solver,
     callback: Callable[[Step], Any] | None,
@@ -172,15 +186,16 @@ def _run(
     evaluate.parameters = field.parameters()
     states = [start] if trajectory or dense else None
     slopes: list[Tensor | None] = []
-    x_bar, state = start, solver.init(evaluate, start, grid)
+    evaluate.node, evaluate.at = nodes[0], start  # a solver may ask for the slope there before its first step
+    x_bar, state = start, _begin(solver, evaluate, start, second, grid)
     step = partial(recompute, solver.step, use_reentrant=False) if checkpoint else solver.step
     steps: Any = range(grid.steps)
     if progress:
         steps = tqdm(steps, desc=solver.name, unit="step", disable=None, leave=False)
     done = 0
     for n in steps:
-        if dense:
-            evaluate.node, evaluate.slope = nodes[n], None
+        if dense and (n > 0 or evaluate.slope is None):
+            evaluate.node, evaluate.at, evaluate.slope = nodes[n], x_bar, None
         x_bar, state, _ = step(evaluate, x_bar, n, state)
         done = n + 1
         if states is not None:
@@ -202,19 +217,25 @@ def _run(
     count = start.shape[0]
     reached = [nodes[done]] * count
     status = [Status.SUCCESS if done == grid.steps else Status.STOPPED] * count
-    outcome = solver.outcome(state)
+    outcome, other = solver.outcome(state), solver.second(state)
     if outcome is not None:
         ends = zip(outcome.status, outcome.sigma, status, strict=True)
         reached = list(outcome.sigma)
         status = [own or stopped for own, _, stopped in ends]
         outcome = replace(outcome, status=tuple(status))
     elif not isinstance(x_bar, FakeTensor):  # a fake tensor has no values to check
-        failed = _failed(x_bar)
+        failed = _failed(x_bar if other is None else torch.stack((x_bar, other), dim=1))
         if failed is not None:
             x_bar = x_bar.clone()
             with torch.no_grad():
-                last, sigmas = _last_finite(field, start[failed], grid, solver, done, _subset(rows, failed))
+                with_ = None if second is None else second[failed]
+                last, sigmas, kept_second = _last_finite(
+                    field, start[failed], with_, grid, solver, done, _subset(rows, failed)
+                )
             x_bar[failed] = last
+            if other is not None and kept_second is not None:
+                other = other.clone()
+                other[failed] = kept_second
             for i, sigma in zip(failed.tolist(), sigmas, strict=True):
                 reached[i], status[i] = sigma, Status.NONFINITE
     kept = None if states is None else torch.stack(states)
@@ -239,7 +260,12 @@ def _run(
         pieces,
         None,
         outcome,
+        other,
     )
+
+
+def _begin(solver: Solver, evaluate: Any, start: Tensor, second: Tensor | None, grid: Grid) -> Any:
+    return solver.init(evaluate, start, grid) if second is None else solver.begin(evaluate, start, second, grid)
 
 
 def _all_failed(outcome: Outcome | None) -> bool:
@@ -273,23 +299,35 @@ def _each_dense(
 
 
 def _last_finite(
-    field: EpsilonField, start: Tensor, grid: Grid, solver: Solver, steps: int, rows: slice | Tensor | None
-) -> tuple[Tensor, list[float]]:
-    """Run failed samples again, watching each step: their last finite states and the σ of those."""
+    field: EpsilonField,
+    start: Tensor,
+    second: Tensor | None,
+    grid: Grid,
+    solver: Solver,
+    steps: int,
+    rows: slice | Tensor | None,
+) -> tuple[Tensor, list[float], Tensor | None]:
+    """Run failed samples again, watching each step: their last finite states, the σ of those, and the second states there."""
     evaluate = field.bind(start, solver.stages(grid), rows)
-    x_bar, state = start, solver.init(evaluate, start, grid)
-    good = start.clone()
+    x_bar, state = start, _begin(solver, evaluate, start, second, grid)
+    good, other = start.clone(), solver.second(state)
+    beside = None if other is None else other.clone()
     alive = torch.ones(start.shape[0], dtype=torch.bool, device=start.device)
     node = torch.zeros(start.shape[0], dtype=torch.int64, device=start.device)
     # Not the last step: these samples are known to have failed by its end.
     for n in range(steps - 1):
         x_bar, state, _ = solver.step(evaluate, x_bar, n, state)
+        other = solver.second(state)
         alive = alive & x_bar.isfinite().flatten(1).all(dim=1)
+        if other is not None:
+            alive = alive & other.isfinite().flatten(1).all(dim=1)
         if not bool(alive.any()):
             break
         good[alive] = x_bar[alive]
+        if beside is not None and other is not None:
+            beside[alive] = other[alive]
         node[alive] = n + 1
-    return good, [float(grid.sigmas[i]) for i in node.tolist()]
+    return good, [float(grid.sigmas[i]) for i in node.tolist()], beside
 
 
 def _subset(rows: slice | Tensor | None, chosen: Tensor) -> Tensor:

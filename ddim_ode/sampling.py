@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ddim_ode.codes import Code
 from ddim_ode.field import EpsilonField
 from ddim_ode.grid import Grid
 from ddim_ode.integrate import check_state, integrate, to_dtype
@@ -47,7 +48,7 @@ class Default(NamedTuple):
 
 
 #: The pair of solver and grid measured most accurate per call, by direction: benchmarks/defaults.py, docs/solvers.md.
-DEFAULTS = {"sample": Default("flowdown5", "flow", {}), "encode": Default("flowup4", "flow", {"c": 1.6, "rho": 2.4})}
+DEFAULTS = {"sample": Default("flowdown5", "flow", {}), "encode": Default("alf-flow", "flow-up", {})}
 
 #: The grid of a solver that is named without one, both ways: the paper's for its CIFAR-10 figures.
 GRID = "quadratic"
@@ -105,6 +106,7 @@ def sample(
     save_at: Sequence[float] | None = None,
     gradients: bool = False,
     checkpoint: bool = False,
+    second: Tensor | None = None,
 ) -> Solution:
     r"""From latents x_T to data: eq. 14 from σ_T down to 0.
 
@@ -133,6 +135,8 @@ def sample(
     callback, progress, trajectory, dense, save_at, gradients, checkpoint
         As for :func:`integrate`. An adaptive solver without a grid has two nodes, so that a callback is called once, at
         the end, and progress moves once: name the nodes to be called at by `grid`.
+    second : Tensor, optional
+        The second state of the latents, (B, \*d), for a solver that keeps two: ``Solution.second`` of their encoding.
 
     Returns
     -------
@@ -162,16 +166,59 @@ def sample(
             raise ValueError(f"n = {n} contradicts the {latent.shape[0]} latents given: leave one out")
         if nodes.sigmas[0] > 0.9 * field.schedule.sigma_max:  # further down, x is partly an image
             _warn_if_not_latent(latent)
+    _check_second(second, method, latent)
     with torch.set_grad_enabled(gradients or checkpoint):
         start = to_dtype(latent, dtype, nodes.sigmas[0]) * math.sqrt(1.0 + nodes.sigmas[0] ** 2)
     options: dict[str, Any] = {"callback": callback, "progress": progress, "trajectory": trajectory, "dense": dense}
     options |= {"save_at": save_at, "gradients": gradients, "checkpoint": checkpoint}
-    return _in_batches(field, start, nodes, method, batch_size, options)
+    return _in_batches(field, start, second, nodes, method, batch_size, options)
 
 
-def decode(field: EpsilonField, latent: Tensor, **options: Any) -> Solution:
-    """From latents back to data: :func:`sample` with a latent; it takes the same options."""
-    return sample(field, latent, **options)
+def decode(field: EpsilonField, latent: Tensor | Code, *, force: bool = False, **options: Any) -> Solution:
+    r"""From latents back to data.
+
+    Parameters
+    ----------
+    field : EpsilonField
+        ε.
+    latent : Tensor or Code
+        x_T, (B, \*d): then this is :func:`sample`. Or a :class:`Code`, which is decoded by the solver that made it over the same
+        nodes and from both states, if it has two.
+    force : bool
+        Decode a code though the model is another, or `options` name another solver or grid.
+    **options
+        As for :func:`sample`. For a code ``dtype`` is by default that of its latents.
+
+    Raises
+    ------
+    ValueError
+        If the model, solver or grid is not that of the code, without `force`: it says what differs. And as for :func:`sample`.
+    """
+    if not isinstance(latent, Code):
+        if force:
+            raise ValueError("force is for codes, and a latent was given: leave it out")
+        return sample(field, latent, **options)
+    code = latent
+    named = {name: options[name] for name in ("solver", "grid", "steps", "nfe") if options.get(name) is not None}
+    differ = code.differences(field)
+    solver, nodes = plan(field, "sample", *(named.get(name) for name in ("solver", "grid", "steps", "nfe")))
+    if "solver" in named and solver.name != code.solver.name:
+        differ.append(f"solver is {solver.name}, was {code.solver.name}")
+    other_grid = len(named) > ("solver" in named) and not np.array_equal(nodes.sigmas, code.grid.sigmas[::-1])
+    if other_grid:
+        differ.append(f"the grid is {nodes!r}, was {code.grid!r} the other way")
+    if differ and not force:
+        raise ValueError(f"this code was made otherwise: {'; '.join(differ)}. force=True decodes it all the same")
+    same = "solver" not in named or solver.name == code.solver.name
+    keep = {name: value for name, value in options.items() if name not in named}
+    if not other_grid:
+        # As nodes of this field's schedule, which under force may be another.
+        nodes = Grid(code.grid.sigmas[::-1], field.schedule, code.grid.name)
+    chosen: dict[str, Any] = {"solver": code.solver if same else solver, "grid": nodes}
+    if same and not other_grid:
+        chosen["second"] = code.second
+    run = sample(field, code.latent, **({"dtype": code.latent.dtype} | keep | chosen))
+    return replace(run, status=tuple(before or after for before, after in zip(code.status, run.status, strict=True)))
 
 
 def encode(
@@ -192,6 +239,7 @@ def encode(
     save_at: Sequence[float] | None = None,
     gradients: bool = False,
     checkpoint: bool = False,
+    second: Tensor | None = None,
 ) -> Solution:
     r"""From data to latents x_T: eq. 14 from σ = 0 up to σ_T. A grid named for both directions has the same nodes in both.
 
@@ -204,7 +252,7 @@ def encode(
     data_range : (float, float) or None
         What images (B, C, H, W) must lie in, up to rounding; None for no check, and none is made for a
         latent-diffusion model, whose latents have no range.
-    steps, nfe, solver, grid, dtype, batch_size, callback, progress, trajectory, dense, save_at, gradients, checkpoint
+    steps, nfe, solver, grid, dtype, batch_size, callback, progress, trajectory, dense, save_at, gradients, checkpoint, second
         As for :func:`sample`; the default solver and grid are those of this direction.
 
     Returns
@@ -220,11 +268,12 @@ def encode(
     method, nodes = plan(field, "encode", solver, grid, steps, nfe)
     check_state(field, images, "images")
     _check_range(images, None if field.codec is not None else data_range)
+    _check_second(second, method, images)
     with torch.set_grad_enabled(gradients or checkpoint):
         start = to_dtype(images, dtype, nodes.sigmas[-1]) * math.sqrt(1.0 + nodes.sigmas[0] ** 2)
     options: dict[str, Any] = {"callback": callback, "progress": progress, "trajectory": trajectory, "dense": dense}
     options |= {"save_at": save_at, "gradients": gradients, "checkpoint": checkpoint}
-    return _in_batches(field, start, nodes, method, batch_size, options)
+    return _in_batches(field, start, second, nodes, method, batch_size, options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,7 +341,9 @@ def round_trip(
     steps, nfe : int, optional
         Steps, or model calls, each way.
     solver, grid
-        Used both ways. With neither, each direction has its own; a solver alone runs on :data:`GRID`.
+        Used both ways; a solver alone runs on :data:`GRID`. A solver that keeps two states, as the default of encoding
+        does, is run back over the same nodes from both: such a round trip is exact up to rounding, whatever the latent.
+        For what the latent alone gives back, ``decode(field, encode(field, images).x)``.
     dtype, batch_size, progress
         As for :func:`sample`.
     data_range : (float, float) or None
@@ -308,6 +359,15 @@ def round_trip(
     with warnings.catch_warnings():
         # A coarse encoder's latent may look odd; here that is a result, not a user's mistake.
         warnings.simplefilter("ignore", LatentWarning)
+        if there.second is not None:
+            both = DEFAULTS["encode"].solver if solver is None else solver
+            options |= {
+                "solver": both,
+                "grid": there.grid.reversed(),
+                "steps": None,
+                "nfe": None,
+                "second": there.second,
+            }
         back = sample(field, there.x, **options)
     error = mse(images.detach(), back.x, data_range or (-1.0, 1.0))
     lost = [i for i, pair in enumerate(zip(there.status, back.status, strict=True)) if any(pair)]
@@ -406,6 +466,10 @@ def plan(
         )
     default = DEFAULTS[direction]
     method = get(default.solver if solver is None else solver)
+    if method.iterative and nfe is not None:
+        raise ValueError(
+            f"{method.name} iterates until its equations are solved, and has no budget of nfe: say how many steps"
+        )
     if method.adaptive:
         if nfe is not None or (steps is not None and not isinstance(grid, str)):
             raise ValueError(
@@ -428,6 +492,8 @@ def plan(
     if isinstance(grid, str):
         if steps is not None:
             return method, turned(Grid.make(grid, field.schedule, steps, **options))
+        if method.iterative:
+            return method, turned(Grid.make(grid, field.schedule, _NFE, **options))
         budget = _NFE if nfe is None else nfe
         steps = method.steps(budget)
         nodes = turned(Grid.make(grid, field.schedule, steps, **options))
@@ -450,6 +516,7 @@ def plan(
 def _in_batches(
     field: EpsilonField,
     start: Tensor,
+    second: Tensor | None,
     grid: Grid,
     solver: Solver,
     batch_size: int | None,
@@ -458,15 +525,31 @@ def _in_batches(
     field.check_conditions(start.shape[0])
     batch_size = None if batch_size is None else whole(batch_size, "batch_size")
     if batch_size is None or batch_size >= start.shape[0]:
-        return integrate(field, start, grid, solver, **options)
+        return integrate(field, start, grid, solver, second=second, **options)
     size = batch_size
     with torch.set_grad_enabled(start.requires_grad):
         starts = start.split(size)
+    seconds: Any = [None] * len(starts) if second is None else second.split(size)
     parts = [
-        integrate(field, part, grid, solver, rows=slice(i * size, i * size + part.shape[0]), **options)
+        integrate(
+            field, part, grid, solver, rows=slice(i * size, i * size + part.shape[0]), second=seconds[i], **options
+        )
         for i, part in enumerate(starts)
     ]
     return Solution.concatenate(parts)
+
+
+def _check_second(second: Tensor | None, method: Solver, state: Tensor) -> None:
+    """Refuse a second state that does not fit, before the batch is split; `integrate` looks at the rest."""
+    if second is not None and not method.paired:
+        raise ValueError(
+            f"second is for solvers that keep two states, and {method.name} keeps one: leave it out, or name its solver"
+        )
+    if second is not None and getattr(second, "shape", None) != state.shape:
+        raise ValueError(
+            f"second must be a tensor of the shape of the state, {tuple(state.shape)}, but got "
+            f"{tuple(second.shape) if isinstance(second, Tensor) else type(second).__name__}"
+        )
 
 
 def _warn_if_not_latent(latent: Tensor) -> None:

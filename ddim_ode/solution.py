@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any
 
@@ -28,11 +28,13 @@ class Status(IntEnum):
     STALLED = 3
     #: A callback stopped the run.
     STOPPED = 4
+    #: An implicit step was not solved to its tolerance; the sample went on from the best state that was found.
+    UNCONVERGED = 5
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of each sample of an adaptive run; every tuple holds one entry a sample.
+    """What became of each sample of an adaptive or implicit run; every tuple holds one entry a sample.
 
     Attributes
     ----------
@@ -44,6 +46,11 @@ class Outcome:
         Model calls it took part in.
     accepted, rejected : tuple of int
         Its steps.
+    residual : tuple of float or None
+        Of an implicit run: by how much the worst of its steps is not solved, in the units of data.
+    contraction : tuple of float or None
+        Of an implicit run: the largest factor by which a step's iteration was seen to change a difference of states. Below
+        one nothing speaks against the step's solution being the only one; above, there may be others.
     """
 
     status: tuple[Status, ...]
@@ -51,6 +58,8 @@ class Outcome:
     nfe: tuple[int, ...]
     accepted: tuple[int, ...]
     rejected: tuple[int, ...]
+    residual: tuple[float, ...] | None = None
+    contraction: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,9 @@ class Solution:
         x̄ at the levels of ``save_at``, in their order, (levels, B, \*d), if asked for; NaN where a sample did not get
         so far.
     outcome : Outcome or None
-        Status, steps and calls of each sample of an adaptive run.
+        Status, steps and calls of each sample of an adaptive or implicit run.
+    second : Tensor or None
+        The second state of a method that keeps two, (B, \*d): without it the way back is not exact.
     """
 
     x_bar: Tensor
@@ -122,6 +133,7 @@ class Solution:
     dense: tuple[Dense, ...] = ()
     saved: Tensor | None = None
     outcome: Outcome | None = None
+    second: Tensor | None = None
 
     @property
     def x(self) -> Tensor:
@@ -179,6 +191,7 @@ class Solution:
         trajectories = [part.trajectory for part in parts if part.trajectory is not None]
         saved = [part.saved for part in parts if part.saved is not None]
         outcomes = [part.outcome for part in parts if part.outcome is not None]
+        seconds = [part.second for part in parts if part.second is not None]
         # A run that a callback stopped early has a shorter trajectory.
         longest = max(map(len, trajectories), default=0)
         trajectories = [
@@ -196,6 +209,7 @@ class Solution:
             dense=tuple(piece for part in parts for piece in part.dense),
             saved=torch.cat(saved, dim=1) if saved else None,
             outcome=None if not outcomes else _join(outcomes),
+            second=torch.cat(seconds) if seconds else None,
         )
 
 
@@ -205,5 +219,6 @@ def _recording(*results: Tensor) -> Any:
 
 
 def _join(parts: list[Outcome]) -> Outcome:
-    names = ("status", "sigma", "nfe", "accepted", "rejected")
-    return Outcome(*(tuple(x for part in parts for x in getattr(part, name)) for name in names))
+    first = parts[0]
+    names = [f.name for f in fields(Outcome) if getattr(first, f.name) is not None]
+    return Outcome(**{name: tuple(x for part in parts for x in getattr(part, name)) for name in names})

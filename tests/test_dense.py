@@ -30,7 +30,7 @@ from ddim_ode.dense import Dense
 
 LINEAR = NoiseSchedule.linear()
 FROM_ZERO = HIGH * np.sort(np.arange(1.0, 49.0) * 0.6180339887498949 % 1.0)
-CASES = {name: s for name, s in cases().items() if not s.adaptive}
+CASES = {name: s for name, s in cases().items() if s.budgeted}
 NAMES = [name for name in CASES if name in {s.name for s in solvers()} or name.endswith("-rk")]
 
 

@@ -16,7 +16,7 @@ from ddim_ode import EpsilonField, Gaussian, Multistep, NoiseSchedule, Status, i
 from ddim_ode.models.analytic import GaussianEpsilon
 
 LINEAR = NoiseSchedule.linear()
-CASES = {name: solver for name, solver in cases().items() if solver.differentiable and not solver.adaptive}
+CASES = {name: solver for name, solver in cases().items() if solver.differentiable and solver.budgeted}
 NAMES = [name for name in CASES if name in {s.name for s in solvers()} or name.endswith("-rk")]
 SIGMAS = np.linspace(3.0, 0.5, 6)
 

@@ -6,20 +6,26 @@ import difflib
 
 from ddim_ode.solvers.adaptive import Adaptive
 from ddim_ode.solvers.base import Clock, Solver, arctan, asinh, clock, flow
+from ddim_ode.solvers.implicit import ImplicitMidpoint, Inverse
 from ddim_ode.solvers.ipndm import Ipndm
 from ddim_ode.solvers.multistep import DATA, NOISE, Flow, Gaussian, Linear, Multistep, fit_gaussian
 from ddim_ode.solvers.references import Scipy, TorchDiffEq
+from ddim_ode.solvers.reversible import AsynchronousLeapfrog, McCallumFoster, TwoStep
 from ddim_ode.solvers.runge_kutta import BS32, DOP853, DOPRI5, EES25, HEUN, KUTTA3, MIDPOINT, RK4, RungeKutta, Tableau
 from ddim_ode.solvers.single_step import DPM2S, DPM3S, DPMPP2S, SingleStep
 
 __all__ = [
     "Adaptive",
+    "AsynchronousLeapfrog",
     "Clock",
     "DATA",
     "Flow",
     "Gaussian",
+    "ImplicitMidpoint",
+    "Inverse",
     "Ipndm",
     "Linear",
+    "McCallumFoster",
     "Multistep",
     "NOISE",
     "RungeKutta",
@@ -28,6 +34,7 @@ __all__ = [
     "Solver",
     "Tableau",
     "TorchDiffEq",
+    "TwoStep",
     "arctan",
     "asinh",
     "clock",
@@ -49,7 +56,8 @@ _UNIPC = "UniPC, Zhao et al. 2023, exact integrals for its B(h)"
 _FLOW = "Adams–Bashforth on rectified flow's velocity in its own time, Liu, Gong & Liu 2023"
 
 _DOWN = "the default for sampling: a flow's velocity, Adams–Bashforth–Moulton; benchmarks/defaults.py"
-_UP = "the default for encoding: the same near σ = 0; benchmarks/defaults.py"
+_UP = "the same near σ = 0, for encoding on 100 calls and more; benchmarks/defaults.py"
+_ALF = "the default for encoding: ALF (Mutze 2013; MALI, Zhuang et al. 2021) on rectified flow; benchmarks/defaults.py"
 
 _MEMBERS: dict[str, Solver] = {
     solver.name: solver
@@ -73,6 +81,14 @@ _MEMBERS: dict[str, Solver] = {
         DPMPP2S,
         *(RungeKutta(tableau) for tableau in (MIDPOINT, HEUN, KUTTA3, RK4, EES25)),
         RungeKutta(HEUN, euler_at_zero=True),
+        RungeKutta(EES25, "arctan"),
+        TwoStep(),
+        TwoStep(gamma=1.0),
+        *(McCallumFoster(RungeKutta(tableau)) for tableau in (MIDPOINT, RK4)),
+        AsynchronousLeapfrog(),
+        AsynchronousLeapfrog(flow(), Flow(), label="alf-flow", source=_ALF),
+        ImplicitMidpoint(),
+        Inverse(Multistep(1, label="ddim", source="eq. 13, Song, Meng & Ermon 2020; Adams–Bashforth 1")),
         *(Adaptive(tableau) for tableau in (BS32, DOPRI5, DOP853)),
         *(TorchDiffEq(method) for method in ("dopri5", "dopri8")),
         *(Scipy(method) for method in ("DOP853", "LSODA")),
@@ -91,8 +107,9 @@ def get(solver: str | Solver) -> Solver:
     Parameters
     ----------
     solver : str or Solver
-        A name from :func:`solvers`; the name of a multistep member of k > 1 with ``-rk`` behind it starts by
-        Runge–Kutta and keeps its full order. A solver is returned as it is.
+        A name from :func:`solvers`. The name of a multistep member of k > 1 with ``-rk`` behind it starts by Runge–Kutta and
+        keeps its full order; ``mf-`` and ``inverse-`` before the name of a one-step method make it reversible, by a
+        second state or by iteration. A solver is returned as it is.
 
     Raises
     ------
@@ -107,6 +124,9 @@ def get(solver: str | Solver) -> Solver:
         member = _MEMBERS.get(solver.removesuffix("-rk"))
         if isinstance(member, Multistep) and member.k > 1:
             return member.with_start("rk")
+        for prefix, make in (("mf-", McCallumFoster), ("inverse-", Inverse)):
+            if solver.startswith(prefix):
+                return make(get(solver.removeprefix(prefix)))
         close = difflib.get_close_matches(solver, _MEMBERS, n=3, cutoff=0.3)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise ValueError(f"unknown solver {solver!r}: {hint}known solvers are {', '.join(_MEMBERS)}")

@@ -205,6 +205,10 @@ class Solver(ABC):
         Where it comes from.
     adaptive : bool
         Whether it chooses its own steps between the nodes of the grid, so that its calls are not known beforehand.
+    iterative : bool
+        Whether it solves equations by iteration, so that its calls are not known beforehand, though its steps are the grid's.
+    paired : bool
+        Whether it carries a second state, without which its way back is not exact: see :meth:`begin` and :meth:`second`.
     differentiable : bool
         Whether gradients flow through it.
     start : str
@@ -234,6 +238,8 @@ class Solver(ABC):
     nfe_per_step: int
     source: str
     adaptive: bool = False
+    iterative: bool = False
+    paired: bool = False
     differentiable: bool = True
     start: str = "itself"
     exact: str = "constant ε"
@@ -252,6 +258,14 @@ class Solver(ABC):
         grid : Grid
             All nodes of the run.
         """
+
+    def begin(self, field: Field, x_bar: Tensor, second: Tensor, grid: Grid) -> Any:
+        r"""The same where a run before has left a second state, (B, \*d): for a solver that is `paired`."""
+        raise TypeError(f"{self.name} has no second state")
+
+    def second(self, state: Any) -> Tensor | None:
+        r"""The second state that a run in the other direction would have to begin with, (B, \*d), if there is one."""
+        return None
 
     @abstractmethod
     def step(self, field: Field, x_bar: Tensor, n: int, state: Any) -> tuple[Tensor, Any, Tensor | None]:
@@ -280,9 +294,18 @@ class Solver(ABC):
             known = get(self.name)
         except ValueError:
             return None
-        # An adaptive one is measured on steps of its own, whatever its tolerances.
-        same = known == self or (self.adaptive and type(known) is type(self))
+        # Adaptive and iterative ones are measured at tolerances of their own.
+        same = known == self or (not self.budgeted and type(known) is type(self))
         return _orders().get(self.name) if same else None
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether its calls are known beforehand, so that a budget of them can be given."""
+        return not (self.adaptive or self.iterative)
+
+    def growth(self, grid: Grid) -> float:
+        """The factor by which a rounding error of a run over `grid` may grow in what tells the two states of a pair apart."""
+        return 1.0
 
     def outcome(self, state: Any) -> Outcome | None:
         """What became of each sample, for a solver that watches its samples by itself; None: the loop looks."""

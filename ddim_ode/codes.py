@@ -1,0 +1,248 @@
+"""Encoded images with everything that decoding them needs, in one object and one file.
+
+A latent by itself says neither by which model, over which noise levels nor by which solver it was made, and half of a
+reversible method's state is not in it. A :class:`Code` holds all of that, and is decoded by the solver that made it, back over
+the same nodes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import ddim_ode
+from ddim_ode.field import EpsilonField
+from ddim_ode.files import replacing
+from ddim_ode.grid import Grid
+from ddim_ode.schedule import NoiseSchedule
+from ddim_ode.solution import Solution, Status
+from ddim_ode.solvers import Solver, get
+from ddim_ode.solvers.configs import from_config, to_config
+
+__all__ = ["Code", "is_code", "load_code"]
+
+#: The version of the file's layout; readers refuse later ones.
+FORMAT = 1
+_KEY = "ddim_ode"
+
+
+@dataclass(frozen=True, eq=False)
+class Code:
+    r"""Encoded images: latents, and by what they were made.
+
+    Make one from a run by :meth:`of`; ``decode(field, code)`` decodes it.
+
+    Attributes
+    ----------
+    latent : Tensor
+        x_T, (B, \*d), in the state's dtype.
+    second : Tensor or None
+        The second state, (B, \*d), if the solver keeps two.
+    solver : Solver
+        What encoded, and will decode.
+    grid : Grid
+        Its nodes, rising.
+    model : dict
+        What the field said of itself: :meth:`ddim_ode.EpsilonField.describe`.
+    status : tuple of Status
+        How each image's encoding ended; one that failed is not decoded to anything that means something.
+    version : str
+        Of the package that made it.
+    """
+
+    latent: Tensor
+    second: Tensor | None
+    solver: Solver
+    grid: Grid
+    model: dict[str, Any]
+    status: tuple[Status, ...]
+    version: str = ""
+
+    def __post_init__(self) -> None:
+        if self.solver.paired and self.second is None:
+            raise ValueError(
+                f"a code of {self.solver.name} needs its second state, but there is none: take the encoding's Solution.second, "
+                "or decode the latent alone, with what is lost by it"
+            )
+
+    @staticmethod
+    def of(field: EpsilonField, run: Solution, solver: str | Solver | None = None) -> Code:
+        """The code of an encoding run.
+
+        Parameters
+        ----------
+        field : EpsilonField
+            What encoded.
+        run : Solution
+            What :func:`ddim_ode.encode` returned.
+        solver : str or Solver, optional
+            What it was encoded by, if the run's solver has no name.
+
+        Raises
+        ------
+        ValueError
+            If the run is no encoding, or the solver is not the one that made it.
+        """
+        if not run.grid.encoding:
+            raise ValueError(f"a code is made of an encoding run, but this one goes down: {run.grid!r}")
+        method = get(run.solver if solver is None else solver)
+        if method.name != run.solver:
+            raise ValueError(f"the run was made by {run.solver}, but solver is {method.name}")
+        return Code(run.x, run.second, method, run.grid, field.describe(), run.status, ddim_ode.__version__)
+
+    def differences(self, field: EpsilonField) -> list[str]:
+        """In what `field` is not the model that made this code, in words; what neither of them knows is passed over."""
+        own, other = self.model, field.describe()
+        out = []
+        for name in dict.fromkeys((*own, *other)):
+            a, b = own.get(name), other.get(name)
+            if a == b or (name == "weights" and None in (a, b)):
+                continue
+            if name == "weights":
+                a, b = f"{str(a)[:12]}…", f"{str(b)[:12]}…"
+            out.append(f"{name} is {b!r}, was {a!r}")
+        return out
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a ``.safetensors`` or ``.npz`` file, whole or not at all.
+
+        Raises
+        ------
+        ValueError
+            If the ending is another, or the solver cannot be written down.
+        """
+        path = Path(path)
+        about = {
+            "format": FORMAT,
+            "version": self.version,
+            "torch": torch.__version__,
+            "dtype": str(self.latent.dtype).removeprefix("torch."),
+            "solver": to_config(self.solver),
+            "grid": self.grid.name,
+            "schedule": _plain(self.grid.schedule.config),
+            "model": _plain(self.model),
+            "status": [s.name for s in self.status],
+        }
+        arrays = {"latent": self.latent.detach().cpu().contiguous()}
+        if self.second is not None:
+            arrays["second"] = self.second.detach().cpu().contiguous()
+        arrays["sigmas"] = torch.from_numpy(self.grid.sigmas.copy())
+        text = json.dumps(about)
+        if path.suffix == ".safetensors":
+            with replacing(path) as temporary:
+                save_file(arrays, temporary, {_KEY: text})
+        elif path.suffix == ".npz":
+            with replacing(path) as temporary, open(temporary, "wb") as file:
+                parts: dict[str, Any] = {name: x.numpy() for name, x in arrays.items()}
+                np.savez(file, **parts, **{_KEY: np.array(text)})
+        else:
+            raise ValueError(f"codes are written as .safetensors or .npz, but the file is {path}")
+
+    def rows(self, chosen: slice) -> Code:
+        """Some of the images."""
+        second = None if self.second is None else self.second[chosen]
+        return replace(self, latent=self.latent[chosen], second=second, status=self.status[chosen])
+
+
+def is_code(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a code, rather than an array of latents; a file that cannot be read is not."""
+    try:
+        _read(Path(path), about_only=True)
+    except (ValueError, OSError):
+        return Path(path).suffix == ".safetensors"
+    return True
+
+
+def load_code(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Code:
+    """Read what :meth:`Code.save` has written.
+
+    Raises
+    ------
+    FileNotFoundError
+        If nothing is there.
+    ValueError
+        If it is not a code, is cut short, lacks its second state, or was written by a later version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no code at {path}: there is no such file")
+    about, arrays = _read(path)
+    missing = [name for name in ("latent", "sigmas") if name not in arrays]
+    if missing:
+        raise ValueError(f"{path} is a code without its {' and '.join(missing)}")
+    try:
+        solver = from_config(about["solver"])
+        schedule = NoiseSchedule.from_config(about["schedule"])
+        grid = Grid(arrays["sigmas"].numpy(), schedule, about["grid"])
+        status = tuple(Status[name] for name in about["status"])
+        model, version = about["model"], about["version"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} does not say how to decode it: {error}") from error
+    latent, second = arrays["latent"], arrays.get("second")
+    if second is not None and second.shape != latent.shape:
+        raise ValueError(
+            f"{path} holds latents of shape {tuple(latent.shape)} with second states of {tuple(second.shape)}"
+        )
+    if len(status) != len(latent):
+        raise ValueError(f"{path} holds {len(latent)} latents but the status of {len(status)} images")
+    if solver.paired and second is None:
+        raise ValueError(
+            f"{path} lacks the second state that {solver.name} keeps, and cannot be decoded exactly without: encode the images "
+            "again, or decode its latents alone"
+        )
+    place = lambda x: None if x is None else x.to(device)
+    return Code(latent.to(device), place(second), solver, grid, model, status, version)
+
+
+def _read(path: Path, about_only: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    arrays: dict[str, Tensor] = {}
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                text = (file.metadata() or {}).get(_KEY)
+                names = () if about_only else file.keys()
+                arrays = {name: file.get_tensor(name) for name in names}
+        else:
+            with np.load(path, allow_pickle=False) as file:
+                if not hasattr(file, "files"):
+                    raise ValueError("it is a single array")
+                text = str(file[_KEY]) if _KEY in file.files else None
+                names = () if about_only else file.files
+                arrays = {name: torch.from_numpy(file[name]) for name in names if name != _KEY}
+    except (OSError, EOFError, KeyError, TypeError, ValueError, BadZipFile, zlib.error, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read as a code: {error}") from error
+    if text is None:
+        raise ValueError(f"{path} is not a code: it does not say how it was made")
+    try:
+        about = json.loads(text)
+        layout = int(about["format"])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a code: what it says of itself cannot be read ({error})") from error
+    if layout > FORMAT:
+        raise ValueError(
+            f"{path} was written by ddim_ode {about.get('version', '?')} in layout {layout}, and this version reads up to "
+            f"{FORMAT}: upgrade"
+        )
+    return about, arrays
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy and torch as Python's, for JSON."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (np.ndarray, Tensor)):
+        return value.tolist()
+    return value.item() if isinstance(value, np.generic) else value
