@@ -29,6 +29,7 @@ from tqdm import tqdm
 import ddim_ode
 from ddim_ode import data, datasets, plotting
 from ddim_ode.checking import check
+from ddim_ode.codes import Code, is_code, load_code
 from ddim_ode.comparison import circumstances, compare, reference, refuse_unbudgeted
 from ddim_ode.field import EpsilonField
 from ddim_ode.files import output_folder, to_json, write_json
@@ -37,7 +38,8 @@ from ddim_ode.metrics import mse
 from ddim_ode.models.checkpoints import bundled, load, save_model
 from ddim_ode.models.pipelines import ModelWarning
 from ddim_ode.models.unet import GaussianResidual
-from ddim_ode.sampling import DEFAULTS, GRID, decode, encode, interpolate, noise, plan, round_trip, sample
+from ddim_ode.reconstruction import reconstruct
+from ddim_ode.sampling import DEFAULTS, GRID, check_code, decode, encode, interpolate, noise, plan, sample
 from ddim_ode.schedule import NoiseSchedule, whole
 from ddim_ode.solution import Solution, Status
 from ddim_ode.solvers import Adaptive, Scipy, Solver, TorchDiffEq, get, solvers
@@ -188,11 +190,29 @@ def _sample(o: argparse.Namespace) -> int:
 
 def _decode(o: argparse.Namespace) -> int:
     field = _field(o)
-    latent, options = _latent(o, field), _run_options(o, field, "sample")
-    _check_out(o, _picture_shape(field), len(latent))
-    run = decode(field, latent, **options)
+    coded = Path(o.latent).is_file() and is_code(o.latent)
+    if coded:
+        code = load_code(o.latent, field.device or "cpu")
+        options = _code_options(o)
+        # Refused here, before a folder is made, if it cannot be decoded so.
+        check_code(field, code, force=o.force, **options)
+        count = len(code.latent)
+    elif o.force:
+        raise ValueError(f"--force is for codes, and {o.latent} is none: leave it out")
+    else:
+        latent, options = _latent(o, field), _run_options(o, field, "sample")
+        count = len(latent)
+    _check_out(o, _picture_shape(field), count)
+    run = decode(field, code, force=o.force, progress=True, **options) if coded else decode(field, latent, **options)
     data.write_images(o.out, _pictures(field, run.x))
     return _report(o, field, {"decode": run})
+
+
+def _code_options(o: argparse.Namespace) -> dict[str, Any]:
+    """What is asked of a code's decoding besides what it says itself."""
+    if o.batch_size is not None:
+        _whole(o.batch_size, "--batch-size")
+    return {"nfe": o.nfe, "solver": _toleranced(o), "grid": o.grid, "batch_size": o.batch_size}
 
 
 def _encode(o: argparse.Namespace) -> int:
@@ -200,42 +220,129 @@ def _encode(o: argparse.Namespace) -> int:
     images, options = _images(o, field, None), _run_options(o, field, "encode")
     _check_out(o, None)
     run = encode(field, images, **options)
-    data.write_array(o.out, run.x, "latent")
+    if Path(o.out).suffix == ".npy":
+        data.write_array(o.out, run.x, "latent")
+    else:
+        Code.of(field, run, options["solver"] or DEFAULTS["encode"].solver).save(o.out)
     return _report(o, field, {"encode": run})
 
 
 def _reconstruct(o: argparse.Namespace) -> int:
     field = _field(o)
-    images, options = _images(o, field, None), _run_options(o, field, "encode", "sample")
+    names = list(dict.fromkeys(get(name).name if name != "default" else name for name in _split(o.solvers)))
+    budgets = list(dict.fromkeys(_whole(x, "--nfe") for x in _split(o.nfe)))
+    if not names or not budgets:
+        raise ValueError("reconstruct needs at least one name in --solvers and one budget in --nfe")
+    if o.batch_size is not None:
+        _whole(o.batch_size, "--batch-size")
+    o.solver = None
+    methods: list[str | Solver] = []
+    for name in names:
+        o.solver = name
+        methods.append(name if name == "default" else _toleranced(o, only=False))
+    images = _images(o, field, None if o.n_images is None else _whole(o.n_images, "--n-images"))
+    if o.grid is not None:
+        Grid.make(o.grid, field.schedule, 2)
     out = _folder(o, o.out)
-    trip = round_trip(field, images, **options)
-    originals, made, error = images, trip.reconstruction, trip.mse
-    runs = {"encode": trip.encoding, "decode": trip.decoding}
-    found: dict[str, Any] = {}
+    along = min(budgets, key=lambda nfe: abs(math.log(nfe / 20.0)))
+    with tqdm(total=2 + len(names) * len(budgets), desc="reconstruct", disable=None, leave=False) as bar:
+
+        def advance(what: str) -> None:
+            bar.set_postfix_str(what)
+            bar.update()
+
+        found = reconstruct(
+            field, images, methods, budgets, grid=o.grid, along=along, batch_size=o.batch_size, advance=advance
+        )
+    record = {"command": "reconstruct", "model": o.model, "data": o.images} | found.record
     if field.codec is not None:
-        # What the decoder loses by itself is told apart: the round trip is judged by what it adds.
-        originals, made = _pictures(field, images), _pictures(field, made)
-        error = mse(originals, made)
-        found["codec_mse"] = mse(_originals(o, field), originals).tolist()
-    mean = float(error.mean())
-    found |= {"mse": error.tolist(), "mean_mse": mean, "status": [s.name for s in trip.status]}
-    write_json(out / "results.json", _record(o, field, runs) | found)
-    data.write_images(out / "reconstructions.npz", made)
-    data.write_array(out / "latents.npz", trip.latent, "latent")
-    if originals.ndim == 4 and originals.shape[1] in (1, 3):
-        shown = min(8, len(originals))
-        # The difference is amplified ten times about mid-grey, else there would be nothing to see.
-        rows = [
-            ("original" if field.codec is None else "codec alone", [originals[:shown]]),
-            ("reconstruction", [made[:shown]]),
-            ("difference × 10", [10.0 * (made - originals)[:shown]]),
+        # What the codec loses by itself is told apart: the methods are judged by what they add.
+        record["codec_mse"] = mse(_originals(o, field, len(images)), _pictures(field, images)).tolist()
+    write_json(out / "results.json", record)
+    written = ["results.json", "errors.png", "along.png", f"distribution-{along}.png"]
+    plotting.save_figure(plotting.reconstruction_figure(record), out / "errors.png")
+    plotting.save_figure(plotting.along_figure(record), out / "along.png")
+    plotting.save_figure(plotting.distribution_figure(record, along), out / f"distribution-{along}.png")
+    if len(_picture_shape(field)) == 3 and _picture_shape(field)[0] in (1, 3):
+        plotting.save_figure(_lost_sheet(field, found, images, along), out / f"reconstructions-{along}.png")
+        written.append(f"reconstructions-{along}.png")
+    if len(found.encodings) == 1:
+        (key,) = found.encodings
+        code = Code.of(field, found.encodings[key], None if isinstance(methods[0], str) else methods[0])
+        code.save(out / "codes.safetensors")
+        data.write_images(out / "reconstructions.npz", _pictures(field, found.reconstructions[key]))
+        written += ["codes.safetensors", "reconstructions.npz"]
+    if o.json:
+        print(to_json(record))
+    else:
+        _print_reconstruction(record)
+        print(f"\nwritten to {out}: {', '.join(written)}")
+    lost = False
+    for row in record["rows"]:
+        for status, which in (("failed", row["failed"]), ("not solved to its tolerance", row.get("unconverged"))):
+            if which:
+                lost = lost or status == "failed"
+                budget = "" if row["nfe"] is None else f" at {row['nfe']}"
+                print(
+                    f"ddim-ode: {row['solver']}{budget}: {status} in images {', '.join(map(str, which))}",
+                    file=sys.stderr,
+                )
+    return 1 if lost else 0
+
+
+def _lost_sheet(field: EpsilonField, found: Any, images: Tensor, nfe: int) -> Any:
+    """Originals, what each method brings back at one budget, and the difference × 10 about mid-grey."""
+    shown = min(6, len(images))
+    originals = _pictures(field, images[:shown])
+    rows = [("original", [originals, torch.zeros_like(originals)])]
+    for (name, budget), x in found.reconstructions.items():
+        if budget in (nfe, None):
+            back = _pictures(field, x[:shown])
+            rows.append((name, [back, 10.0 * (back - originals)]))
+    return plotting.sheet_figure(rows, ["image", "difference × 10"], f"Encoded and decoded by {nfe} calls each way")
+
+
+def _print_reconstruction(record: dict[str, Any]) -> None:
+    exact, rows = record["reference"], record["rows"]
+    there, back = (
+        f"{d['solver']} on {d['grid']}" for d in (record["defaults"]["encode"], record["defaults"]["sample"])
+    )
+    print(f"{record['images']} images; grid {record['grid']}; default: {there}, and {back} from the latent alone")
+    print(
+        f"reference latents: {exact['methods'][0]}; {exact['methods'][1]} differs by {exact['rms_difference']:.1e} RMS"
+    )
+    if "codec_mse" in record:
+        print(f"the codec loses {sum(record['codec_mse']) / len(record['codec_mse']):.3e} by itself")
+    budgets = list(dict.fromkeys(row["nfe"] for row in rows if row["nfe"] is not None))
+    names = list(dict.fromkeys(row["solver"] for row in rows))
+    for title, key, form in (
+        ("Round trip, MSE on [0, 1]", "round_trip_mse", ".2e"),
+        ("The same from the latent alone", "alone_mse", ".2e"),
+        ("Round trip, float32 state", "float32_mse", ".2e"),
+        ("Latent, RMS error", "latent_rms", ".2e"),
+        ("Decoding the true latent, RMS", "decode_rms", ".2e"),
+    ):
+        print(f"\n{title:<32}" + "".join(f"{n:>11}" for n in budgets or ["–"]))
+        for name in names:
+            mine = [row for row in rows if row["solver"] == name]
+            cells = [format(row[key], form) if row[key] is not None else "–" for row in mine]
+            print(f"  {name:<30}" + "".join(f"{cell:>11}" for cell in cells))
+    print(f"\n{'Calls there + back; states':<32}" + "".join(f"{n:>11}" for n in budgets or ["–"]))
+    for name in names:
+        mine = [row for row in rows if row["solver"] == name]
+        cells = [
+            "–"
+            if row["encode_calls"] is None
+            else f"{row['encode_calls']:.0f}+{row['decode_calls']:.0f};{row['states']}"
+            for row in mine
         ]
-        title = f"{trip.nfe} calls, mean MSE {mean:.2e}"
-        plotting.save_figure(plotting.sheet_figure(rows, [""], title), out / "reconstructions.png")
-    line = f"mean MSE on [0, 1]: {mean:.3e}"
-    if "codec_mse" in found:
-        line += f", beside {sum(found['codec_mse']) / len(found['codec_mse']):.3e} that the codec loses by itself"
-    return _report(o, field, runs, found, line)
+        print(f"  {name:<30}" + "".join(f"{cell:>11}" for cell in cells))
+    pairs = [name for name in names if any(row["growth"] for row in rows if row["solver"] == name)]
+    if pairs:
+        print(f"\n{'Rounding may grow by, up / down':<32}" + "".join(f"{n:>18}" for n in budgets))
+        for name in pairs:
+            grown = [row["growth"] for row in rows if row["solver"] == name]
+            print(f"  {name:<30}" + "".join(f"{'–' if g is None else f'{g[0]:.1e}/{g[1]:.1e}':>18}" for g in grown))
 
 
 def _interpolate(o: argparse.Namespace) -> int:
@@ -507,13 +614,15 @@ def _run_options(o: argparse.Namespace, field: EpsilonField, *directions: str) -
     }
 
 
-def _toleranced(o: argparse.Namespace) -> Solver | None:
-    """The solver that was named, at the tolerances that were."""
+def _toleranced(o: argparse.Namespace, only: bool = True) -> Any:
+    """The solver that was named, at the tolerances that were; `only`: it is the only one, and must have some."""
     solver = None if o.solver is None else get(o.solver)
     tolerances = {name: getattr(o, name) for name in ("rtol", "atol") if getattr(o, name) is not None}
     if not tolerances:
         return solver
     if not isinstance(solver, (Adaptive, TorchDiffEq, Scipy)):
+        if not only:
+            return solver
         named = ", ".join(s.name for s in solvers() if s.adaptive)
         raise ValueError(
             f"--{next(iter(tolerances))} is for solvers that choose their own steps, named by --solver: {named}"
@@ -568,8 +677,10 @@ def _check_out(o: argparse.Namespace, shape: tuple[int, ...] | None, count: int 
     path = Path(o.out)
     folder = o.out.endswith(("/", os.sep)) or path.is_dir() or not path.suffix
     if shape is None:
-        if folder or path.suffix not in (".npz", ".npy"):
-            raise ValueError(f"--out {o.out}: latents are written as .npz or .npy")
+        if folder or path.suffix not in (".safetensors", ".npz", ".npy"):
+            raise ValueError(
+                f"--out {o.out}: codes are written as .safetensors or .npz, and their latents alone as .npy"
+            )
     elif not folder and path.suffix not in (".png", ".npz", ".npy"):
         raise ValueError(f"--out {o.out}: images are written as .png (a sheet), .npz or .npy, or into a folder/")
     elif (folder or path.suffix == ".png") and (len(shape) != 3 or shape[0] not in (1, 3)):
@@ -655,7 +766,7 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run, command=name)
         return made
 
-    def model(p: argparse.ArgumentParser) -> None:
+    def model(p: argparse.ArgumentParser, dtype: bool = True) -> None:
         p.add_argument(
             "--model",
             default="fashion-mnist",
@@ -667,16 +778,18 @@ def _parser() -> argparse.ArgumentParser:
             help="what else ddim_ode.load takes, as JSON, or @file: schedule, prediction, …",
         )
         p.add_argument("--device", default="cpu", help="where the network runs, such as cuda")
-        p.add_argument(
-            "--dtype", default="float64", choices=_DTYPES, help="the state's dtype; the network keeps its own"
-        )
+        if dtype:
+            p.add_argument(
+                "--dtype", default="float64", choices=_DTYPES, help="the state's dtype; the network keeps its own"
+            )
         p.add_argument("--json", action="store_true", help="print a JSON record instead of words")
 
     def seed(p: argparse.ArgumentParser) -> None:
         p.add_argument("--seed", type=int, default=0, help="seed of latents; image i depends on (seed, i) alone")
 
-    def images(p: argparse.ArgumentParser, name: str = "--images", *, help: str, default: str | None = None) -> None:
-        p.add_argument(name, default=default, help=help.format("a data set's name, a PNG, a folder, .npz, .npy or idx"))
+    def images(p: argparse.ArgumentParser, *names: str, help: str, **options: Any) -> None:
+        text = help.format("a data set's name, a PNG, a folder, .npz, .npy or idx")
+        p.add_argument(*(names or ("--images",)), help=text, **options)
         p.add_argument("--data-range", metavar="LOW,HIGH", help="what floats among them span, if not -1,1")
 
     def method(p: argparse.ArgumentParser, out: str) -> None:
@@ -726,11 +839,31 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("decode", _decode, "Decode latents to images.")
     method(p, "out/decoded.png")
-    p.add_argument("--latent", required=True, help="latents (.npz or .npy)")
+    p.add_argument("--latent", required=True, help="what encode has written, or latents (.npz or .npy)")
+    p.add_argument("--force", action="store_true", help="decode a code by another model, solver or grid than made it")
 
-    p = command("reconstruct", _reconstruct, "Encode images, decode them again, and measure what was lost.")
-    method(p, "out/reconstruct")
-    images(p, help="{} (default: bundled ones)")
+    p = command(
+        "reconstruct", _reconstruct, "Encode images, decode them again, and measure what was lost, by many methods."
+    )
+    model(p, dtype=False)
+    images(p, "--data", "--images", dest="images", help="{} (default: bundled ones)")
+    p.add_argument(
+        "--solvers",
+        "--solver",
+        default="default,ddim,dpmpp2m,ees25-arctan,o-belm,bdia,mf-midpoint,alf",
+        help="names, comma-separated; see 'ddim-ode solvers'",
+    )
+    p.add_argument(
+        "--nfe",
+        default="10,20,50",
+        help="budgets of model calls each way, comma-separated; steps, for methods that iterate",
+    )
+    p.add_argument("--grid", help=f"one of {', '.join(grids())} (default: {GRID}; that of default is its own)")
+    p.add_argument("--n-images", type=int, default=16, help="how many of them (default: 16)")
+    p.add_argument("--rtol", type=float, help="relative tolerance of the adaptive solvers among them")
+    p.add_argument("--atol", type=float, help="their absolute tolerance")
+    p.add_argument("--batch-size", type=int, help="images at once (default: all)")
+    p.add_argument("--out", default="out/reconstruct", help="folder (default: out/reconstruct)")
 
     p = command("interpolate", _interpolate, "Decode spherical paths between latents.")
     method(p, "out/interpolation.png")

@@ -145,7 +145,7 @@ class Code:
         elif path.suffix == ".npz":
             with replacing(path) as temporary, open(temporary, "wb") as file:
                 parts: dict[str, Any] = {name: x.numpy() for name, x in arrays.items()}
-                np.savez(file, **parts, **{_KEY: np.array(text)})
+                np.savez(file, **(parts | {_KEY: np.array(text)}))
         else:
             raise ValueError(f"codes are written as .safetensors or .npz, but the file is {path}")
 

@@ -16,7 +16,16 @@ from torch import Tensor
 from ddim_ode.data import to_uint8
 from ddim_ode.files import replacing
 
-__all__ = ["STYLE", "error_figure", "round_trip_figure", "save_figure", "sheet_figure"]
+__all__ = [
+    "STYLE",
+    "along_figure",
+    "distribution_figure",
+    "error_figure",
+    "reconstruction_figure",
+    "round_trip_figure",
+    "save_figure",
+    "sheet_figure",
+]
 
 _MARKERS = "osD^vP*X<>hd"
 
@@ -51,6 +60,83 @@ def round_trip_figure(record: dict[str, Any]) -> Figure:
     figure, axes = _axes("Model calls each way", "Round trip: MSE per dimension on [0, 1]")
     _lines(axes, record["rows"], "calls", "round_trip_mse")
     axes.set_title(f"{record['images']} images{_on(record)}")
+    return figure
+
+
+#: What a reconstruction study measures against calls, and what it is called.
+_ERRORS = {
+    "round_trip_mse": "round trip, MSE on [0, 1]",
+    "alone_mse": "from the latent alone, MSE on [0, 1]",
+    "latent_rms": "latent, RMS",
+    "decode_rms": "decoding the true latent, RMS",
+}
+
+
+def reconstruction_figure(record: dict[str, Any]) -> Figure:
+    """Four errors of a reconstruction study against model calls there and back, log–log, a line a method."""
+    rows = [row | {"calls": row["encode_calls"] + row["decode_calls"]} for row in record["rows"] if row["encode_calls"]]
+    # Exact round trips are rounding's square, thirty decades down: drawn at the foot of the panel.
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.6, 7.2), layout="constrained")
+        panels = np.asarray(figure.subplots(2, 2)).ravel()
+        styles = _styles([row["solver"] for row in rows])
+        for panel, (key, title) in zip(panels, _ERRORS.items(), strict=True):
+            values = [row[key] for row in rows if row[key]]
+            floor = max(min(values, default=1e-12), 1e-16 if key.endswith("mse") else 1e-12)
+            for name, style in styles.items():
+                points = sorted(
+                    (row["calls"], row[key]) for row in rows if row["solver"] == name and row[key] is not None
+                )
+                if points:
+                    x, y = zip(*points, strict=True)
+                    panel.plot(x, np.maximum(y, floor), label=name, **style)
+            panel.set(xscale="log", yscale="log", title=title)
+            # What blows up would squeeze all others.
+            panel.set_ylim(floor / 3.0, min(10.0, 3.0 * max(values, default=1.0)))
+        difference = record["reference"]["rms_difference"]
+        if difference:
+            panels[2].axhline(difference, color="0.5", linestyle=":", linewidth=1.0)
+        figure.supxlabel("model calls, there and back", fontsize=9)
+        figure.legend(*panels[2].get_legend_handles_labels(), loc="outside right center")
+        figure.suptitle(f"{record['images']} images encoded and decoded", fontsize=10)
+    return figure
+
+
+def along_figure(record: dict[str, Any]) -> Figure:
+    """Error of the state against σ on the way up and on the way back, a line a method."""
+    along = record["along"]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.6, 4.2), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        styles = _styles([row["solver"] for row in along["rows"]])
+        for panel, way in ((left, "encode"), (right, "decode")):
+            for row in along["rows"]:
+                errors = [np.nan if e is None else max(e, 1e-8) for e in row[way]["rms"]]
+                panel.plot(row[way]["sigmas"], errors, label=row["solver"], **styles[row["solver"]])
+            panel.set_xscale("symlog", linthresh=1e-2)
+            panel.set(yscale="log", xlabel="σ", title="encoding, σ rises" if way == "encode" else "decoding, σ falls")
+        left.set(ylabel="RMS error of x", ylim=(1e-6, 10.0))
+        right.invert_xaxis()
+        figure.legend(*left.get_legend_handles_labels(), loc="outside right center")
+        figure.suptitle(f"{along['nfe']} calls each way (steps, for methods that iterate)", fontsize=10)
+    return figure
+
+
+def distribution_figure(record: dict[str, Any], nfe: int) -> Figure:
+    """What images lose by each method at one budget: a box an error, whiskers to the least and the most."""
+    rows = [row for row in record["rows"] if row["nfe"] in (nfe, None) and row["each"]]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.6, 1.2 + 0.34 * len(rows)), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for panel, key in zip(panels, ("alone_mse", "latent_rms"), strict=True):
+            values = [[x for x in row["each"][key] if x is not None and np.isfinite(x)] for row in rows]
+            panel.boxplot(
+                values, orientation="horizontal", whis=(0, 100), widths=0.6, medianprops={"color": "black"},
+                tick_labels=[row["solver"] for row in rows],
+            )  # fmt: skip
+            panel.set(xscale="log", title=_ERRORS[key])
+        panels[0].invert_yaxis()
+        figure.suptitle(f"{record['images']} images, {nfe} calls each way", fontsize=10)
     return figure
 
 
@@ -100,15 +186,23 @@ def _axes(x: str, y: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _lines(axes: Axes, rows: list[dict[str, Any]], x: str, y: str) -> None:
-    names = list(dict.fromkeys(row["solver"] for row in rows))
+def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A look for each method, the default's the boldest."""
+    names = list(dict.fromkeys(names))
     colours = matplotlib.colormaps["tab20" if len(names) > 10 else "tab10"]
+    looks: dict[str, dict[str, Any]] = {}
+    for i, name in enumerate(names):
+        bold = {"color": "black", "linewidth": 2.2, "zorder": 5} if name == "default" else {"color": colours(i)}
+        looks[name] = {"marker": _MARKERS[i % len(_MARKERS)]} | bold
+    return looks
+
+
+def _lines(axes: Axes, rows: list[dict[str, Any]], x: str, y: str) -> None:
     with matplotlib.rc_context(STYLE):
-        for i, name in enumerate(names):
+        for name, style in _styles([row["solver"] for row in rows]).items():
             points = [row for row in rows if row["solver"] == name and row[x]]
             values = [np.nan if row[y] is None else row[y] for row in points]
-            bold = {"color": "black", "linewidth": 2.2, "zorder": 5} if name == "default" else {"color": colours(i)}
-            axes.plot([row[x] for row in points], values, marker=_MARKERS[i % len(_MARKERS)], label=name, **bold)
+            axes.plot([row[x] for row in points], values, label=name, **style)
         ticks = sorted({row[x] for row in rows if row[x]})
         axes.set_xticks(ticks, [str(t) for t in ticks], minor=False)
         axes.minorticks_off()

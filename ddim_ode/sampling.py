@@ -27,6 +27,7 @@ __all__ = [
     "DEFAULTS",
     "LatentWarning",
     "RoundTrip",
+    "check_code",
     "decode",
     "encode",
     "interpolate",
@@ -198,10 +199,20 @@ def decode(field: EpsilonField, latent: Tensor | Code, *, force: bool = False, *
         if force:
             raise ValueError("force is for codes, and a latent was given: leave it out")
         return sample(field, latent, **options)
-    code = latent
-    named = {name: options[name] for name in ("solver", "grid", "steps", "nfe") if options.get(name) is not None}
+    code, chosen = latent, check_code(field, latent, force=force, **options)
+    keep = {name: value for name, value in options.items() if name not in _CHOICES}
+    run = sample(field, code.latent, **({"dtype": code.latent.dtype} | keep | chosen))
+    return replace(run, status=tuple(before or after for before, after in zip(code.status, run.status, strict=True)))
+
+
+_CHOICES = ("solver", "grid", "steps", "nfe")
+
+
+def check_code(field: EpsilonField, code: Code, *, force: bool = False, **options: Any) -> dict[str, Any]:
+    """What :func:`decode` would give :func:`sample` for a code; it refuses what :func:`decode` does."""
+    named = {name: options[name] for name in _CHOICES if options.get(name) is not None}
     differ = code.differences(field)
-    solver, nodes = plan(field, "sample", *(named.get(name) for name in ("solver", "grid", "steps", "nfe")))
+    solver, nodes = plan(field, "sample", *(named.get(name) for name in _CHOICES))
     if "solver" in named and solver.name != code.solver.name:
         differ.append(f"solver is {solver.name}, was {code.solver.name}")
     other_grid = len(named) > ("solver" in named) and not np.array_equal(nodes.sigmas, code.grid.sigmas[::-1])
@@ -210,15 +221,13 @@ def decode(field: EpsilonField, latent: Tensor | Code, *, force: bool = False, *
     if differ and not force:
         raise ValueError(f"this code was made otherwise: {'; '.join(differ)}. force=True decodes it all the same")
     same = "solver" not in named or solver.name == code.solver.name
-    keep = {name: value for name, value in options.items() if name not in named}
     if not other_grid:
         # As nodes of this field's schedule, which under force may be another.
         nodes = Grid(code.grid.sigmas[::-1], field.schedule, code.grid.name)
     chosen: dict[str, Any] = {"solver": code.solver if same else solver, "grid": nodes}
     if same and not other_grid:
         chosen["second"] = code.second
-    run = sample(field, code.latent, **({"dtype": code.latent.dtype} | keep | chosen))
-    return replace(run, status=tuple(before or after for before, after in zip(code.status, run.status, strict=True)))
+    return chosen
 
 
 def encode(
