@@ -482,7 +482,7 @@ def _attribute(o: argparse.Namespace) -> int:
     shown = slice(0, 8)
     rows = [("original", [pictures[whole][shown]])]
     rows += [(f"strength {s:g}", [m[shown]]) for s, m in zip(strengths, made.split(len(whole)), strict=True)]
-    title = f"From class {o.source} to class {o.target}, along the difference of {n} latents' means each"
+    title = f"Class {o.source} to class {o.target}: means of {n} latents each"
     plotting.save_figure(plotting.sheet_figure(rows, [""], title), out / "attribute.png")
     return _report(o, field, runs, found)
 

@@ -102,10 +102,13 @@ def gaussianity_figure(records: dict[str, dict[str, Any]]) -> Figure:
             if record["correlations"] is None:
                 _neighbours(correlations, record)
             else:
-                _map(correlations, np.asarray(record["correlations"]), (-1.0, 1.0), "correlation, by pixels apart")
-                reach = np.asarray(record["correlations"]).shape
-                correlations.set_xticks([0, reach[1] // 2, reach[1] - 1], [-(reach[1] // 2), 0, reach[1] // 2])
-                correlations.set_yticks([0, reach[0] // 2, reach[0] - 1], [-(reach[0] // 2), 0, reach[0] // 2])
+                apart = np.array(record["correlations"], dtype=float)
+                down, across = (length // 2 for length in apart.shape)
+                apart[down, across] = np.nan  # 1, beside which nothing else would show
+                most = max(0.1, float(np.nanmax(np.abs(apart), initial=0.0)))
+                _map(correlations, apart, (-most, most), "correlation, by pixels apart")
+                correlations.set_xticks([0, across, 2 * across], [-across, 0, across])
+                correlations.set_yticks([0, down, 2 * down], [-down, 0, down])
     return figure
 
 
@@ -139,7 +142,7 @@ def _dimensions(axes: Axes, record: dict[str, Any]) -> None:
         heights, _ = np.histogram(off[np.isfinite(off)].clip(-7.99, 7.99), edges, density=True)
         axes.stairs(heights, edges, label=name, linewidth=1.2)
     axes.plot(edges, norm.pdf(edges), color="black", linewidth=1.0)
-    axes.set(xlabel="moments of each dimension, off by standard errors", yticks=[])
+    axes.set(xlabel="each dimension, in standard errors", yticks=[])
     axes.legend(loc="upper left", fontsize=7)
     axes.margins(y=0.3)
 
