@@ -1,4 +1,4 @@
-r"""What latents of images are good for: are they draws of N(0, I), do they carry an attribute, where do paths lead?
+r"""Latents of images: whether they are draws of N(0, I), carry an attribute, and where paths between them lead.
 
     python -m benchmarks.latents [--out benchmarks/results] [--figures-only]
 

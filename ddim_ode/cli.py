@@ -460,13 +460,14 @@ def _attribute(o: argparse.Namespace) -> int:
     there = encode(field, pictures if field.codec is None else field.codec.encode(pictures), **options)
     latent = _encoded(there)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LatentWarning)  # samples that failed are named in the end
+        # Samples that failed are named in the end, and a coarse encoder's latents may look odd.
+        warnings.simplefilter("ignore", LatentWarning)
         direction = attribute_direction(latent[: 2 * n], labels[which][: 2 * n], of=o.target, against=o.source)
-    whole = [i for i in range(2 * n, len(which)) if there.status[i] is Status.SUCCESS]
-    if not whole:
-        raise ValueError(f"none of the {moved} images to move could be encoded by this model")
-    starts = latent[whole]
-    back = decode(field, torch.cat([move_latent(starts, direction, s) for s in strengths]), **options)
+        whole = [i for i in range(2 * n, len(which)) if there.status[i] is Status.SUCCESS]
+        if not whole:
+            raise ValueError(f"none of the {moved} images to move could be encoded by this model")
+        starts = latent[whole]
+        back = decode(field, torch.cat([move_latent(starts, direction, s) for s in strengths]), **options)
     made = _pictures(field, back.x)
     runs = {"encode": there, "decode": back}
     found = {

@@ -122,8 +122,12 @@ def move_latent(latent: Tensor, direction: Tensor, strength: float) -> Tensor:
     flat = latent.double().flatten(1)
     moved = flat + strength * direction.double().flatten()
     # A latent that the move takes to 0 has no direction to keep its norm along: it stays 0.
-    length = moved.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    return (moved * (flat.norm(dim=1, keepdim=True) / length)).reshape(latent.shape).to(latent.dtype)
+    length = moved.norm(dim=1, keepdim=True)
+    return (
+        (moved * (flat.norm(dim=1, keepdim=True) / length.masked_fill(length == 0.0, 1.0)))
+        .reshape(latent.shape)
+        .to(latent.dtype)
+    )
 
 
 # -- are they draws of N(0, I)? -----------------------------------------------------------------
