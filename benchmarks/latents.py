@@ -1,11 +1,12 @@
 r"""Latents of images: whether they are draws of N(0, I), carry an attribute, and where paths between them lead.
 
-    python -m benchmarks.latents [--out benchmarks/results] [--figures-only]
+    python -m benchmarks.latents [--out benchmarks/results] [--parts gaussianity,…] [--figures-only]
 
 Records ``latents.json``, part by part, and draws ``docs/figures/latents.png``; about ten minutes on one core.
 
 - *gaussianity*: an exact mixture on its own samples, which must pass, and the bundled networks on test images.
-- *false alarms*: how often draws of N(0, I) are called off, by limit, number and size.
+- *coarse*: what few calls show of themselves, on the exact mixture's own samples.
+- *false_alarms*: how often draws of N(0, I) are called off, by limit, number and size.
 - *attributes*: images of one class moved to another along the difference of means of other images' latents; a logistic
   regression on pixels of training images says what they are then, and the distance to the nearest of those training images how
   much they look like one. ``kept`` is :func:`ddim_ode.move_latent`; ``plain`` leaves the norm as it comes.
@@ -15,8 +16,10 @@ Records ``latents.json``, part by part, and draws ``docs/figures/latents.png``; 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from ddim_ode.comparison import circumstances
 from ddim_ode.data import as_tensor, bundled_images
 from ddim_ode.datasets import dataset
 from ddim_ode.files import output_folder, write_json
+from ddim_ode.metrics import rms
 from ddim_ode.plotting import gaussianity_figure, save_figure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,9 +58,7 @@ TRAINING = 10_000
 
 def study_gaussianity() -> dict[str, Any]:
     """Reports of :func:`ddim_ode.gaussianity`, rounded to four digits."""
-    mixture = image_mixture("fashion-mnist")
-    exact = EpsilonField.from_sigma(mixture, NoiseSchedule.linear(), shape=mixture.shape)
-    drawn = mixture.sample(64, torch.Generator().manual_seed(0))
+    exact, drawn = _exact()
     network = ddim_ode.load("fashion-mnist")
     images = as_tensor(bundled_images())
     # Half the way in σ is no way at all for a latent: there, x is the image still.
@@ -79,6 +81,34 @@ def study_gaussianity() -> dict[str, Any]:
     return found
 
 
+def study_coarse() -> list[dict[str, Any]]:
+    """Encodings of an exact model's samples by few calls: their error, and what of it a report shows."""
+    exact, drawn = _exact()
+    best = ddim_ode.encode(exact, drawn, nfe=200, data_range=None).x
+    rows = []
+    for solver, budget in [("ddim", n) for n in (5, 10, 20, 50, 100)] + [(None, n) for n in (5, 10, 20)]:
+        x = ddim_ode.encode(exact, drawn, nfe=budget, solver=solver, data_range=None).x
+        report = gaussianity(x)
+        named = {(m.over, m.name): m for m in report.moments}
+        rows.append(
+            {
+                "solver": solver or "default", "nfe": budget, "rms": float(rms(x, best).square().mean().sqrt()),
+                "off": len(report.off), "moments": len(report.moments), "norm": named["all numbers", "norm²/D"].found,
+                "across": named["correlation of neighbours", "across"].found,
+                "overlap": named["pairs of latents", "D cos² of their angle"].found,
+            }
+        )  # fmt: skip
+        print(rows[-1], flush=True)
+    return rows
+
+
+def _exact() -> tuple[EpsilonField, Tensor]:
+    """The exact mixture of Fashion-MNIST, and 64 of its own samples."""
+    mixture = image_mixture("fashion-mnist")
+    field = EpsilonField.from_sigma(mixture, NoiseSchedule.linear(), shape=mixture.shape)
+    return field, mixture.sample(64, torch.Generator().manual_seed(0))
+
+
 def study_false_alarms() -> list[dict[str, Any]]:
     """The share of sets of draws of N(0, I) that are called off at each limit."""
     rows = []
@@ -95,8 +125,9 @@ def study_false_alarms() -> list[dict[str, Any]]:
     return rows
 
 
-def study_attributes(judge: Judge, n: int = 64, moved: int = 32) -> list[dict[str, Any]]:
+def study_attributes(n: int = 64, moved: int = 32) -> dict[str, Any]:
     """What images of one class are judged to be once moved to another."""
+    judge = _judge()
     field, test = ddim_ode.load("fashion-mnist"), dataset("fashion-mnist", "test")
     rows = []
     for source, target in PAIRS:
@@ -104,6 +135,11 @@ def study_attributes(judge: Judge, n: int = 64, moved: int = 32) -> list[dict[st
         which = np.concatenate([a[:n], b[:n], a[n : n + moved]])
         latent = ddim_ode.encode(field, as_tensor(test.images[which]), nfe=20, batch_size=64).x
         labels, starts = test.labels[which], latent[2 * n :]
+        real = as_tensor(test.images[b[n : n + moved]])
+        _, near = judge(real)
+        rows.append(
+            {"from": source, "to": target, "norm": "images of the target", "nearest": near, "spread": _spread(real)}
+        )
         for images in (4, 16, n) if (source, target) == PAIRS[0] else (n,):
             chosen = [*range(images), *range(n, n + images)]
             direction = ddim_ode.attribute_direction(latent[chosen], labels[chosen], of=target, against=source)
@@ -119,15 +155,16 @@ def study_attributes(judge: Judge, n: int = 64, moved: int = 32) -> list[dict[st
                             "from": source, "to": target, "images": images, "strength": strength, "norm": way,
                             "norm2_per_dimension": float(x.square().mean()),
                             "target": float(np.mean(classes == target)), "source": float(np.mean(classes == source)),
-                            "nearest": near,
+                            "nearest": near, "spread": _spread(made),
                         }
                     )  # fmt: skip
                     print(rows[-1], flush=True)
-    return rows
+    return {"accuracy": judge.accuracy, "training_images": TRAINING, "rows": rows}
 
 
-def study_paths(judge: Judge, pairs: int = 32) -> list[dict[str, Any]]:
+def study_paths(pairs: int = 32) -> list[dict[str, Any]]:
     """The middles of paths, and their ends for comparison."""
+    judge = _judge()
     field, test = ddim_ode.load("fashion-mnist"), dataset("fashion-mnist", "test")
     rows = []
     encoded = ddim_ode.encode(field, as_tensor(test.images[: 2 * pairs]), nfe=20, batch_size=64).x
@@ -140,12 +177,22 @@ def study_paths(judge: Judge, pairs: int = 32) -> list[dict[str, Any]]:
                     "latents": what,
                     "at": place,
                     "norm2_per_dimension": float(x.square().mean()),
-                    "spread": float(made.flatten(1).std(dim=1).mean()),
+                    "spread": _spread(made),
                     "nearest": judge(made)[1],
                 }
             )
             print(rows[-1], flush=True)
     return rows
+
+
+def _spread(images: Tensor) -> float:
+    """The contrast: standard deviation over an image's pixels, averaged."""
+    return float(images.flatten(1).std(dim=1).mean())
+
+
+@functools.cache
+def _judge() -> Judge:
+    return Judge()
 
 
 class Judge:
@@ -174,24 +221,34 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
+PARTS: dict[str, Callable[[], Any]] = {
+    "gaussianity": study_gaussianity,
+    "coarse": study_coarse,
+    "paths": study_paths,
+    "attributes": study_attributes,
+    "false_alarms": study_false_alarms,
+}
+
+
 def main() -> None:
-    """Measure, record, draw."""
+    """Measure, record part by part, draw."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder for latents.json")
     parser.add_argument("--figures", type=Path, default=ROOT / "docs/figures", help="folder for latents.png")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated; others keep their record")
     parser.add_argument("--figures-only", action="store_true", help="draw from the JSON there is, measure nothing")
     options = parser.parse_args()
     path = output_folder(options.out) / "latents.json"
-    if not options.figures_only:
-        warnings.simplefilter("ignore", LatentWarning)  # straight paths are measured because they are narrow
-        judge = Judge()
-        record = {"study": "latents", "accuracy": judge.accuracy, "training_images": TRAINING} | circumstances()
-        record["gaussianity"] = study_gaussianity()
-        record["paths"] = study_paths(judge)
-        record["attributes"] = study_attributes(judge)
-        record["false_alarms"] = study_false_alarms()
+    record: dict[str, Any] = (
+        json.loads(path.read_text("utf-8")) if path.exists() else {"study": "latents", "circumstances": {}}
+    )
+    warnings.simplefilter("ignore", LatentWarning)  # straight paths are measured because they are narrow
+    for name in () if options.figures_only else options.parts.split(","):
+        if name not in PARTS:
+            raise SystemExit(f"unknown part {name!r}: known are {', '.join(PARTS)}")
+        record[name] = PARTS[name]()
+        record["circumstances"][name] = circumstances()
         write_json(path, record)
-    record = json.loads(path.read_text("utf-8"))
     save_figure(gaussianity_figure(record["gaussianity"]), output_folder(options.figures) / "latents.png")
 
 

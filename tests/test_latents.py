@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy import stats
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ddim_ode
 from ddim_ode import (
@@ -307,6 +308,13 @@ def test_moving_keeps_the_norm():
         cosine = torch.nn.functional.cosine_similarity(moved.flatten(1), (z + strength * d).flatten(1))
         torch.testing.assert_close(cosine, torch.ones(5))
     assert not move_latent(z[:1], z[0], -1.0).any()  # to the middle, where there is no direction
+
+
+def test_moving_stays_on_the_device():
+    with FakeTensorMode():
+        moved = move_latent(torch.empty(2, *SHAPE, device="cuda"), torch.empty(SHAPE, device="cuda"), 1.0)
+    assert moved.device.type == "cuda"
+    assert moved.shape == (2, *SHAPE)
 
 
 @pytest.mark.parametrize(
