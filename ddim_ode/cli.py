@@ -22,6 +22,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, distributed
 from tqdm import tqdm
@@ -34,12 +35,24 @@ from ddim_ode.comparison import circumstances, compare, reference, refuse_unbudg
 from ddim_ode.field import EpsilonField
 from ddim_ode.files import output_folder, to_json, write_json
 from ddim_ode.grid import Grid, grids
+from ddim_ode.latents import attribute_direction, gaussianity, move_latent
 from ddim_ode.metrics import mse
 from ddim_ode.models.checkpoints import bundled, load, save_model
 from ddim_ode.models.pipelines import ModelWarning
 from ddim_ode.models.unet import GaussianResidual
 from ddim_ode.reconstruction import reconstruct
-from ddim_ode.sampling import DEFAULTS, GRID, check_code, decode, encode, interpolate, noise, plan, sample
+from ddim_ode.sampling import (
+    DEFAULTS,
+    GRID,
+    LatentWarning,
+    check_code,
+    decode,
+    encode,
+    interpolate,
+    noise,
+    plan,
+    sample,
+)
 from ddim_ode.schedule import NoiseSchedule, whole
 from ddim_ode.solution import Solution, Status
 from ddim_ode.solvers import Adaptive, Scipy, Solver, TorchDiffEq, get, solvers
@@ -351,18 +364,24 @@ def _interpolate(o: argparse.Namespace) -> int:
     runs: dict[str, Solution] = {}
     if o.images is None:
         options = _run_options(o, field, "sample")
-        _check_out(o, _picture_shape(field), pairs * points)
+        _check_out(o, _picture_shape(field), pairs * points, moving=True)
         ends = noise(_shape(field), 2 * pairs, o.seed).to(field.device or "cpu")
     else:
         images, o.seed = _images(o, field, None), None  # nothing is drawn
         if len(images) < 2 * pairs:
             raise ValueError(f"--pairs {pairs} needs {2 * pairs} images, but {o.images} holds {len(images)}")
         options = _run_options(o, field, "encode", "sample")
-        _check_out(o, _picture_shape(field), pairs * points)
+        _check_out(o, _picture_shape(field), pairs * points, moving=True)
         runs["encode"] = encode(field, images[: 2 * pairs], **options)
         ends = runs["encode"].x
     run = interpolate(field, ends[0::2], ends[1::2], points, **options)
-    data.write_images(o.out, _pictures(field, run.x), columns=points)
+    pictures = _pictures(field, run.x)
+    if Path(o.out).suffix in data.ANIMATIONS and not Path(o.out).is_dir():
+        there = pictures.unflatten(0, (pairs, points)).transpose(0, 1)
+        # There and back, without showing the ends twice
+        data.write_animation(o.out, torch.cat([there, there[1:-1].flip(0)]), columns=pairs)
+    else:
+        data.write_images(o.out, pictures, columns=points)
     return _report(o, field, runs | {"interpolate": run})
 
 
@@ -525,6 +544,102 @@ def _solvers(o: argparse.Namespace) -> int:
     return 0
 
 
+def _attribute(o: argparse.Namespace) -> int:
+    n, moved = _whole(o.n, "--n"), _whole(o.moved, "--moved")
+    strengths = _strengths(o.strengths)
+    if o.source == o.target:
+        raise ValueError(f"--from and --to are both {o.source}: name two classes")
+    field = _field(o)
+    options = _run_options(o, field, "encode", "sample")
+    images, labels = datasets.labelled(o.images, "test", _range(o.data_range))
+    _check_images(o, field, images)
+    if len(_picture_shape(field)) != 3 or _picture_shape(field)[0] not in (1, 3):
+        raise ValueError(f"samples of shape {_picture_shape(field)} are no pictures: attribute draws a sheet of them")
+    members = {name: np.flatnonzero(labels == c) for name, c in (("from", o.source), ("to", o.target))}
+    for name, wanted, what in (("from", n + moved, f"{n} for the direction, {moved} to move"), ("to", n, f"{n}")):
+        if len(members[name]) < wanted:
+            classes = ", ".join(f"{c} ({k})" for c, k in zip(*np.unique(labels, return_counts=True), strict=True))
+            raise ValueError(
+                f"--{name} {o.source if name == 'from' else o.target} needs {wanted} images of that class ({what}), but "
+                f"{o.images} holds {len(members[name])}: its classes are {classes}"
+            )
+    # Those that are moved had no part in the direction.
+    which = np.concatenate([members["from"][:n], members["to"][:n], members["from"][n : n + moved]])
+    out = _folder(o, o.out)
+    pictures = data.as_tensor(images[which]).to(field.device or "cpu")
+    there = encode(field, pictures if field.codec is None else field.codec.encode(pictures), **options)
+    latent = _encoded(there)
+    with warnings.catch_warnings():
+        # Samples that failed are named in the end, and a coarse encoder's latents may look odd.
+        warnings.simplefilter("ignore", LatentWarning)
+        direction = attribute_direction(latent[: 2 * n], labels[which][: 2 * n], of=o.target, against=o.source)
+        whole = [i for i in range(2 * n, len(which)) if there.status[i] is Status.SUCCESS]
+        if not whole:
+            raise ValueError(f"none of the {moved} images to move could be encoded by this model")
+        starts = latent[whole]
+        back = decode(field, torch.cat([move_latent(starts, direction, s) for s in strengths]), **options)
+    made = _pictures(field, back.x)
+    runs = {"encode": there, "decode": back}
+    found = {
+        "images": o.images, "from": o.source, "to": o.target, "n": n, "strengths": strengths, "which": which.tolist(),
+        "labels": labels[which].tolist(), "moved": which[whole].tolist(),
+        "direction_rms": float(direction.double().square().mean().sqrt()),
+        "status": {what: [s.name for s in run.status] for what, run in runs.items()},
+    }  # fmt: skip
+    write_json(out / "results.json", _record(o, field, runs) | found)
+    data.write_array(out / "latents.npz", latent, "latent")
+    data.write_array(out / "direction.npz", direction, "direction")
+    data.write_images(out / "moved.npz", made)
+    shown = slice(0, 8)
+    rows = [("original", [pictures[whole][shown]])]
+    rows += [(f"strength {s:g}", [m[shown]]) for s, m in zip(strengths, made.split(len(whole)), strict=True)]
+    title = f"Class {o.source} to class {o.target}: means of {n} latents each"
+    plotting.save_figure(plotting.sheet_figure(rows, [""], title), out / "attribute.png")
+    return _report(o, field, runs, found)
+
+
+def _strengths(text: str) -> list[float]:
+    try:
+        strengths = [float(part) for part in _split(text)]
+    except ValueError:
+        strengths = []
+    if not strengths or not all(map(math.isfinite, strengths)):
+        raise ValueError(f"--strengths takes numbers, such as 0,0.5,1, but got {text!r}")
+    return strengths
+
+
+def _latents(o: argparse.Namespace) -> int:
+    runs: dict[str, Solution] = {}
+    written = ["results.json", "latents.png"]
+    if o.latent is not None:
+        if o.images is not None:
+            raise ValueError("--latent and --images are two things to judge: give one of them")
+        latent = _read_latent(o).to(_device(o.device))
+        out = _folder(o, o.out)
+        record: dict[str, Any] = {"command": o.command, "latent": o.latent} | circumstances()
+    else:
+        field = _field(o)
+        images, options = _images(o, field, None), _run_options(o, field, "encode")
+        out = _folder(o, o.out)
+        runs["encode"] = encode(field, images, **options)
+        latent, record = _encoded(runs["encode"]), _record(o, field, runs)
+        written.append("latents.npz")
+    report = gaussianity(latent)
+    found = report.record()
+    write_json(out / "results.json", record | found)
+    plotting.save_figure(plotting.gaussianity_figure({"latents": found}), out / "latents.png")
+    if runs:
+        data.write_array(out / "latents.npz", latent, "latent")
+    if o.json:
+        # The tables of single dimensions are in the file.
+        print(to_json(record | {k: v for k, v in found.items() if k != "dimension"} | {"out": str(o.out)}))
+    else:
+        print(f"{report}\n\nwritten to {out}: {', '.join(written)}")
+    if not runs and report.left_out:
+        print(f"ddim-ode: latents: non-finite in samples {', '.join(map(str, report.left_out))}", file=sys.stderr)
+    return _failures(runs) or int(bool(report.left_out))
+
+
 # -- what they share ----------------------------------------------------------------------------
 def _field(o: argparse.Namespace) -> EpsilonField:
     options = _model_options(o.model_options)
@@ -638,21 +753,32 @@ def _images(o: argparse.Namespace, field: EpsilonField, count: int | None) -> Te
 
 def _originals(o: argparse.Namespace, field: EpsilonField, count: int | None = None) -> Tensor:
     images = data.bundled_images() if o.images is None else datasets.images(o.images, "test", _range(o.data_range))
+    _check_images(o, field, images)
+    return data.as_tensor(images[:count]).to(field.device or "cpu")
+
+
+def _check_images(o: argparse.Namespace, field: EpsilonField, images: Any) -> None:
     shape = _picture_shape(field)
     if images.shape[1:] != shape:
         whose = "the bundled images" if o.images is None else f"the images of {o.images}"
         hint = ": name others by --images, such as cifar10:test" if o.images is None else ""
         raise ValueError(f"{whose} are {images.shape[1:]} (C, H, W), but the model takes {shape}{hint}")
-    return data.as_tensor(images[:count]).to(field.device or "cpu")
 
 
 def _latent(o: argparse.Namespace, field: EpsilonField) -> Tensor:
-    latent, shape = data.read_array(o.latent), _shape(field)
+    latent, shape = _read_latent(o), _shape(field)
+    if latent.shape[1:] != shape:
+        raise ValueError(f"the latents are {tuple(latent.shape[1:])}, but the model takes {shape}")
+    return latent.to(field.device or "cpu")
+
+
+def _read_latent(o: argparse.Namespace) -> Tensor:
+    if Path(o.latent).suffix == ".safetensors":
+        return load_code(o.latent).latent
+    latent = data.read_array(o.latent)
     if latent.dtype.kind != "f":
         raise ValueError(f"{o.latent} must hold float latents, but its dtype is {latent.dtype}: is it an image?")
-    if latent.shape[1:] != shape:
-        raise ValueError(f"the latents are {latent.shape[1:]}, but the model takes {shape}")
-    return torch.from_numpy(latent).to(field.device or "cpu")
+    return torch.from_numpy(latent)
 
 
 def _dataset(o: argparse.Namespace) -> Any:
@@ -669,10 +795,10 @@ def _range(text: str | None) -> tuple[float, float] | None:
     return low, high
 
 
-def _check_out(o: argparse.Namespace, shape: tuple[int, ...] | None, count: int = 0) -> None:
+def _check_out(o: argparse.Namespace, shape: tuple[int, ...] | None, count: int = 0, *, moving: bool = False) -> None:
     """Refuse an output that could not be written, before any work.
 
-    `shape` is that of one of the `count` images, None for latents.
+    `shape` is that of one of the `count` images, None for latents; `moving` says that they can be an animation.
     """
     path = Path(o.out)
     folder = o.out.endswith(("/", os.sep)) or path.is_dir() or not path.suffix
@@ -681,10 +807,15 @@ def _check_out(o: argparse.Namespace, shape: tuple[int, ...] | None, count: int 
             raise ValueError(
                 f"--out {o.out}: codes are written as .safetensors or .npz, and their latents alone as .npy"
             )
-    elif not folder and path.suffix not in (".png", ".npz", ".npy"):
-        raise ValueError(f"--out {o.out}: images are written as .png (a sheet), .npz or .npy, or into a folder/")
-    elif (folder or path.suffix == ".png") and (len(shape) != 3 or shape[0] not in (1, 3)):
+    elif not folder and path.suffix not in (".png", ".npz", ".npy", *(data.ANIMATIONS if moving else ())):
+        raise ValueError(
+            f"--out {o.out}: images are written as .png (a sheet), .npz or .npy, or into a folder/"
+            + (f"; paths also as {', '.join(data.ANIMATIONS)} (an animation)" if moving else "")
+        )
+    elif (folder or path.suffix not in (".npz", ".npy")) and (len(shape) != 3 or shape[0] not in (1, 3)):
         raise ValueError(f"--out {o.out}: samples of shape {shape} are no picture; write .npz")
+    if moving and not folder and path.suffix in data.ANIMATIONS:
+        data.check_animation(path)
     made = _folder(o, path if folder else path.parent)
     others = {p.name for p in data.pictures(made)} - set(data.picture_names(count)) if folder else set()
     if others:
@@ -732,12 +863,23 @@ def _report(
         print(to_json(record | {"samples": count, "failed": failed, "out": str(o.out)}))
     else:
         print(f"{count} samples, {calls} model calls: {o.out}" + (f"\n{line}" if line else ""))
+    return _failures(runs)
+
+
+def _failures(runs: dict[str, Solution]) -> int:
+    """Name the samples that failed; the exit code."""
     for what, run in runs.items():
         for status, words in _FAILURES.items():
             which = [i for i, s in enumerate(run.status) if s is status]
             if which:
                 print(f"ddim-ode: {what}: {words} in samples {', '.join(map(str, which))}", file=sys.stderr)
-    return 1 if any(failed.values()) else 0
+    return 0 if all(run.success for run in runs.values()) else 1
+
+
+def _encoded(run: Solution) -> Tensor:
+    """The latents of a run, NaN where it failed: a state on its way is no latent."""
+    failed = torch.tensor([s is not Status.SUCCESS for s in run.status], device=run.x.device)
+    return run.x.masked_fill(failed.reshape(-1, *(1,) * (run.x.ndim - 1)), math.nan)
 
 
 def _split(text: str) -> list[str]:
@@ -850,7 +992,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--solvers",
         "--solver",
-        default="default,ddim,dpmpp2m,ees25-arctan,o-belm,bdia,mf-midpoint,alf",
+        default="default,ddim,dpmpp2m,ees25,o-belm,bdia,mf-midpoint,alf",
         help="names, comma-separated; see 'ddim-ode solvers'",
     )
     p.add_argument(
@@ -926,4 +1068,26 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("solvers", _solvers, "List the solvers: order, calls, source.")
     p.add_argument("--json", action="store_true", help="print JSON")
+
+    p = command(
+        "attribute", _attribute, "Move images from one class to another, along the difference of latents' means."
+    )
+    method(p, "out/attribute")
+    images(
+        p,
+        default="fashion-mnist",
+        help="images with labels, {}: a data set's name or folder, or an .npz of images and labels (default: fashion-mnist)",
+    )
+    p.add_argument("--from", dest="source", type=int, required=True, help="class of the images that are moved")
+    p.add_argument("--to", dest="target", type=int, required=True, help="class that they are moved to")
+    p.add_argument("--n", type=int, default=64, help="images of each class that make the direction")
+    p.add_argument("--moved", type=int, default=8, help="images that are moved, others than those")
+    p.add_argument(
+        "--strengths", default="0,0.5,1,1.5", help="how far, comma-separated: 1 is as far as the means are apart"
+    )
+
+    p = command("latents", _latents, "Judge whether latents are draws of N(0, I).")
+    method(p, "out/latents")
+    p.add_argument("--latent", help="latents (.npz or .npy): no model is loaded")
+    images(p, help="or images to encode first: {} (default: bundled ones)")
     return parser

@@ -23,6 +23,7 @@ from torch import Tensor
 from ddim_ode.files import replacing
 
 __all__ = [
+    "ANIMATIONS",
     "as_tensor",
     "bundled_images",
     "picture_names",
@@ -32,12 +33,16 @@ __all__ = [
     "read_images",
     "read_picture",
     "to_uint8",
+    "write_animation",
     "write_array",
     "write_images",
 ]
 
 Uint8 = NDArray[np.uint8]
 Images = NDArray[Any]  # uint8, or floats in [−1, 1]
+
+#: Endings of animations, and what Pillow calls the format.
+ANIMATIONS = {".gif": "GIF", ".webp": "WEBP", ".apng": "PNG"}
 
 
 def as_tensor(images: Images, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -108,8 +113,8 @@ def picture_names(n: int) -> list[str]:
     return [f"{i:0{width}}.png" for i in range(n)]
 
 
-def read_array(path: str | os.PathLike[str]) -> NDArray[Any]:
-    """The array of an ``.npy`` file, or of an ``.npz`` (named ``images``, ``latent``, ``x``, or the only one).
+def read_array(path: str | os.PathLike[str], name: str | None = None) -> NDArray[Any]:
+    """The array of an ``.npy`` file, or of an ``.npz`` (named `name`; by default ``images``, ``latent``, ``x``, or the only one).
 
     It comes in a dtype that torch has too: native byte order, no float longer than float64.
 
@@ -124,7 +129,7 @@ def read_array(path: str | os.PathLike[str]) -> NDArray[Any]:
         raise FileNotFoundError(f"no arrays at {path}: there is no such file")
     try:
         with open(path, "rb") as file:
-            array = _array(np.load(file, allow_pickle=False))
+            array = _array(np.load(file, allow_pickle=False), name)
     except (OSError, EOFError, KeyError, ValueError, BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as an array: {error}") from error
     if array.dtype.kind not in "biuf":
@@ -133,9 +138,13 @@ def read_array(path: str | os.PathLike[str]) -> NDArray[Any]:
     return array.astype(np.float64 if long else array.dtype.newbyteorder("="), copy=False)
 
 
-def _array(loaded: Any) -> NDArray[Any]:
+def _array(loaded: Any, wanted: str | None) -> NDArray[Any]:
     if isinstance(loaded, np.ndarray):
         return loaded
+    if wanted is not None:
+        if wanted not in loaded:
+            raise ValueError(f"it holds {', '.join(loaded.files) or 'nothing'}, and no {wanted}")
+        return loaded[wanted]
     for name in ("images", "latent", "x"):
         if name in loaded:
             return loaded[name]
@@ -170,6 +179,54 @@ def write_images(path: str | os.PathLike[str], images: Tensor, columns: int | No
                 Image.fromarray(sheet(part, columns)).save(stack.enter_context(replacing(file)), format="PNG")
     else:
         write_array(path, images, "images")
+
+
+def write_animation(
+    path: str | os.PathLike[str], frames: Tensor, columns: int | None = None, *, milliseconds: int = 80
+) -> None:
+    """Write frames (T, N, C, H, W) in [−1, 1] as one animation without end, each frame a sheet of its N images.
+
+    Parameters
+    ----------
+    path : path
+        The ending decides: ``.gif``, ``.webp`` (lossless) or ``.apng``. A GIF has 256 colours a frame, which holds grey
+        images and rounds coloured ones.
+    frames : Tensor
+        (T, N, 1 or 3, H, W), T and N at least 1.
+    columns : int, optional
+        Images a row of each sheet; by default as square as it goes.
+    milliseconds : int
+        How long a frame stays. Neighbours that are alike become one that stays as long as both.
+
+    Raises
+    ------
+    ValueError
+        If `frames` has another shape, or the ending is not known to this machine's Pillow.
+    """
+    path = Path(path)
+    check_animation(path)
+    if frames.ndim != 5 or frames.shape[2] not in (1, 3) or frames.numel() == 0:
+        raise ValueError(f"an animation needs frames (T, N, 1 or 3, H, W), but these have shape {tuple(frames.shape)}")
+    first, *rest = (Image.fromarray(sheet(to_uint8(frame), columns)) for frame in frames)
+    lossless = {"lossless": True} if path.suffix == ".webp" else {}
+    with replacing(path) as temporary:
+        first.save(
+            temporary,
+            ANIMATIONS[path.suffix],
+            save_all=True,
+            append_images=rest,
+            duration=milliseconds,
+            loop=0,
+            **lossless,
+        )
+
+
+def check_animation(path: Path) -> None:
+    """Refuse an animation that this machine's Pillow cannot write, by its ending."""
+    Image.init()
+    able = [ending for ending, form in ANIMATIONS.items() if form in Image.SAVE_ALL]
+    if path.suffix not in able:
+        raise ValueError(f"cannot write {path.name}: animations are written here as {', '.join(able)}")
 
 
 def write_array(path: str | os.PathLike[str], tensor: Tensor, name: str) -> None:

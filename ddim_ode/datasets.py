@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddim_ode.data import Images, Uint8, read_idx, read_images, read_picture
+from ddim_ode.data import Images, Uint8, read_array, read_idx, read_images, read_picture
 
-__all__ = ["Dataset", "dataset", "datasets", "find", "how", "images", "roots"]
+__all__ = ["Dataset", "dataset", "datasets", "find", "how", "images", "labelled", "roots"]
 
 #: The environment variable that names a folder to look in first.
 VARIABLE = "DDIM_ODE_DATA"
@@ -144,19 +144,71 @@ def images(spec: str | os.PathLike[str], split: str = "train", data_range: tuple
     ndarray
         (N, C, H, W), uint8, or floats in [−1, 1].
     """
+    found = _named(spec, split)
+    return read_images(spec, data_range) if found is None else found[0]
+
+
+def labelled(
+    spec: str | os.PathLike[str], split: str = "train", data_range: tuple[float, float] | None = None
+) -> tuple[Images, NDArray[np.int64]]:
+    """Images and the class of each, by the name of a data set or from a path.
+
+    Parameters
+    ----------
+    spec : str or path
+        As for :func:`images`; of files, an ``.npz`` that holds ``images`` and ``labels``.
+    split, data_range
+        As for :func:`images`.
+
+    Returns
+    -------
+    images : ndarray
+        (N, C, H, W), uint8, or floats in [−1, 1].
+    labels : ndarray
+        int64 (N,).
+
+    Raises
+    ------
+    FileNotFoundError
+        If nothing is there.
+    ValueError
+        If there are no labels, or not one an image.
+    """
+    found = _named(spec, split)
+    if found is None:
+        path = Path(spec)
+        pictures = read_images(path, data_range)
+        if path.suffix != ".npz":
+            raise ValueError(
+                f"{path} holds images without labels: name one of {', '.join(_KNOWN)}, or an .npz of images and labels"
+            )
+        labels = read_array(path, "labels")
+        if labels.dtype.kind == "f" or labels.ndim != 1:
+            raise ValueError(
+                f"the labels in {path} must be whole numbers (N,), but have shape {labels.shape} and dtype {labels.dtype}"
+            )
+        found = pictures, labels.astype(np.int64)
+    if len(found[0]) != len(found[1]):
+        raise ValueError(f"{spec} holds {len(found[0])} images but {len(found[1])} labels")
+    return found
+
+
+def _named(spec: str | os.PathLike[str], split: str) -> tuple[Uint8, NDArray[np.int64]] | None:
+    """Images and labels of a known data set, by its name or folder; None if it is none."""
     name, _, part = str(spec).partition(":")
     if name in _KNOWN:
-        return dataset(name, part or split).images
+        found = dataset(name, part or split)
+        return found.images, found.labels
     folder = Path(spec)
     for known in _KNOWN.values():
         if all((folder / file).is_file() for file in known.marks) or known.other(folder):
-            return known.read(folder, split)[0]
+            return known.read(folder, split)
     inside = {name: place for name, known in _KNOWN.items() if (place := _inside(folder, known)) is not None}
     if len(inside) > 1:
         raise ValueError(f"{folder} holds several data sets: name one, {' or '.join(map(str, inside.values()))}")
     for name, place in inside.items():
-        return _KNOWN[name].read(place, split)[0]
-    return read_images(folder, data_range)
+        return _KNOWN[name].read(place, split)
+    return None
 
 
 # -- how each is stored -------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import chi2, norm
 from torch import Tensor
 
 from ddim_ode.data import to_uint8
@@ -21,6 +23,7 @@ __all__ = [
     "along_figure",
     "distribution_figure",
     "error_figure",
+    "gaussianity_figure",
     "reconstruction_figure",
     "round_trip_figure",
     "save_figure",
@@ -84,13 +87,15 @@ def reconstruction_figure(record: dict[str, Any]) -> Figure:
             values = [row[key] for row in rows if row[key]]
             floor = max(min(values, default=1e-12), 1e-16 if key.endswith("mse") else 1e-12)
             for name, style in styles.items():
-                points = sorted(
-                    (row["calls"], row[key]) for row in rows if row["solver"] == name and row[key] is not None
-                )
+                points = [(row["calls"], row[key]) for row in rows if row["solver"] == name and row[key] is not None]
                 if points:
                     x, y = zip(*points, strict=True)
                     panel.plot(x, np.maximum(y, floor), label=name, **style)
             panel.set(xscale="log", yscale="log", title=title)
+            calls = {row["calls"] for row in rows}
+            ticks = [t for t in (10, 20, 50, 100, 200, 500, 1000, 2000) if 0.7 * min(calls) <= t <= 1.4 * max(calls)]
+            panel.set_xticks(ticks, [str(t) for t in ticks])
+            panel.minorticks_off()
             # What blows up would squeeze all others.
             panel.set_ylim(floor / 3.0, min(10.0, 3.0 * max(values, default=1.0)))
         difference = record["reference"]["rms_difference"]
@@ -163,6 +168,86 @@ def sheet_figure(rows: Sequence[tuple[str, Sequence[Tensor]]], columns: Sequence
                     axes.set_ylabel(name, rotation=0, ha="right", va="center")
         figure.suptitle(title, fontsize=10)
         return figure
+
+
+def gaussianity_figure(records: dict[str, dict[str, Any]]) -> Figure:
+    """Sets of latents by name, a row each, from :meth:`ddim_ode.Gaussianity.record`.
+
+    Norms beside the density of χ²_D/D; moments of each dimension in standard errors; of pictures, the variance of each
+    pixel and the correlations of pixels some way apart; of other latents, those of neighbours.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(13.0, 0.5 + 2.8 * len(records)), layout="constrained")
+        panels = np.asarray(figure.subplots(len(records), 4, squeeze=False))
+        for (name, record), (norms, moments, variance, correlations) in zip(records.items(), panels, strict=True):
+            _norms(norms, record)
+            norms.set_ylabel(name)
+            _dimensions(moments, record)
+            found = record["dimension"].get("variance")
+            if found is None or len(record["shape"]) != 3:
+                variance.remove()
+            else:
+                _map(variance, np.asarray(found).mean(axis=0), (0.0, 2.0), "variance of each pixel")
+            if record["correlations"] is None:
+                _neighbours(correlations, record)
+            else:
+                apart = np.array(record["correlations"], dtype=float)
+                down, across = (length // 2 for length in apart.shape)
+                apart[down, across] = np.nan  # 1, beside which nothing else would show
+                most = max(0.1, float(np.nanmax(np.abs(apart), initial=0.0)))
+                _map(correlations, apart, (-most, most), "correlation, by pixels apart")
+                correlations.set_xticks([0, across, 2 * across], [-across, 0, across])
+                correlations.set_yticks([0, down, 2 * down], [-down, 0, down])
+    return figure
+
+
+def _norms(axes: Axes, record: dict[str, Any]) -> None:
+    found, size = np.asarray(record["norm"]), math.prod(record["shape"])
+    wide = 5.0 * math.sqrt(2.0 / size)
+    x = np.linspace(max(0.0, 1.0 - wide), 1.0 + wide, 400)
+    axes.plot(x, size * chi2.pdf(size * x, size), color="black", label="draws of N(0, I): χ²_D/D")
+    if len(found) >= 8:
+        axes.hist(found, bins="auto", density=True, color="tab:blue", alpha=0.5)
+    axes.plot(found, np.zeros(len(found)), "|", color="tab:blue", markersize=12, label=f"{len(found)} latents")
+    axes.set(xlabel="norm²/D", yticks=[])
+    axes.legend(loc="upper left", fontsize=7)
+    axes.margins(y=0.3)
+
+
+def _dimensions(axes: Axes, record: dict[str, Any]) -> None:
+    n = record["n"]
+    # Mean and standard deviation of each over n draws of N(0, 1), as in ddim_ode/latents.py
+    drawn = {
+        "mean": lambda: (0.0, 1.0 / n),
+        "variance": lambda: (1.0, 2.0 / (n - 1)),
+        "skewness": lambda: (0.0, 6.0 * (n - 2) / ((n + 1) * (n + 3))),
+        "kurtosis": lambda: (-6.0 / (n + 1), 24.0 * n * (n - 2) * (n - 3) / ((n + 1) ** 2 * (n + 3) * (n + 5))),
+    }
+    edges = np.linspace(-8.0, 8.0, 65)
+    for name, values in record["dimension"].items():
+        expected, second = drawn[name]()
+        off = (np.asarray(values, dtype=float).ravel() - expected) / math.sqrt(second)
+        # What lies beyond is counted in the outermost bins.
+        heights, _ = np.histogram(off[np.isfinite(off)].clip(-7.99, 7.99), edges, density=True)
+        axes.stairs(heights, edges, label=name, linewidth=1.2)
+    axes.plot(edges, norm.pdf(edges), color="black", linewidth=1.0)
+    axes.set(xlabel="each dimension, in standard errors", yticks=[])
+    axes.legend(loc="upper left", fontsize=7)
+    axes.margins(y=0.3)
+
+
+def _neighbours(axes: Axes, record: dict[str, Any]) -> None:
+    rows = [m for m in record["moments"] if m["over"] == "correlation of neighbours"]
+    axes.errorbar([m["name"] for m in rows], [m["found"] for m in rows], [m["error"] for m in rows], fmt="o", capsize=4)
+    axes.axhline(0.0, color="0.5", linewidth=0.8)
+    axes.set(ylim=(-1.05, 1.05), xlabel="correlation of neighbours")
+
+
+def _map(axes: Axes, values: np.ndarray, limits: tuple[float, float], title: str) -> None:
+    drawn = axes.imshow(values, cmap="RdBu_r", vmin=limits[0], vmax=limits[1], interpolation="nearest")
+    axes.set(xticks=[], yticks=[], xlabel=title)
+    axes.grid(visible=False)
+    axes.figure.colorbar(drawn, ax=axes, shrink=0.8)
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:

@@ -183,3 +183,52 @@ def test_bad_outputs_are_refused(tmp_path):
     with pytest.raises(OSError, match="directory"):
         data.write_array(tmp_path / "a.npz", torch.zeros(1, 1, 2, 2), "latent")
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+
+
+@pytest.mark.parametrize("ending", data.ANIMATIONS)
+@pytest.mark.parametrize("images", [GREY, COLOUR], ids=["grey", "colour"])
+def test_animations(tmp_path, images, ending):
+    frames = data.as_tensor(images[:4]).unflatten(0, (2, 2)).repeat_interleave(2, dim=0)  # each twice
+    data.write_animation(tmp_path / f"a{ending}", frames, columns=2, milliseconds=50)
+    with Image.open(tmp_path / f"a{ending}") as film:
+        shown = []
+        for i in range(film.n_frames):
+            film.seek(i)
+            film.load()  # WebP says how long a frame stays only then
+            shown += [np.asarray(film.convert("RGB"))] * round(film.info["duration"] / 50)
+    assert len(shown) == 4
+    # A GIF rounds colours to 256 of them: here there are fewer.
+    for i, frame in enumerate(shown):
+        for j in range(2):
+            image = np.broadcast_to(images[2 * (i // 2) + j], (3, 6, 7)).transpose(1, 2, 0)
+            np.testing.assert_array_equal(frame[1:7, 1 + 8 * j : 8 + 8 * j], image)
+    assert [p.name for p in tmp_path.iterdir()] == [f"a{ending}"]
+
+
+def test_animations_are_whole_or_absent(tmp_path, monkeypatch):
+    frames = data.as_tensor(GREY[:4]).unflatten(0, (2, 2))
+    for bad in (frames[0], frames[:0], frames.repeat(1, 1, 2, 1, 1)):
+        with pytest.raises(ValueError, match=r"an animation needs frames \(T, N, 1 or 3, H, W\)"):
+            data.write_animation(tmp_path / "a.gif", bad)
+    with pytest.raises(ValueError, match=r"cannot write a.mp4: animations are written here as .gif"):
+        data.write_animation(tmp_path / "a.mp4", frames)
+    monkeypatch.delitem(Image.SAVE_ALL, "WEBP")  # a Pillow that was built without
+    with pytest.raises(ValueError, match=r"cannot write a.webp: animations are written here as .gif, .apng"):
+        data.write_animation(tmp_path / "a.webp", frames)
+
+    def half(image, file, name):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setitem(Image.SAVE_ALL, "GIF", half)
+    with pytest.raises(OSError, match="disk full"):
+        data.write_animation(tmp_path / "a.gif", frames)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_array_by_its_name(tmp_path):
+    np.savez(tmp_path / "a.npz", images=GREY, labels=np.arange(5))
+    np.testing.assert_array_equal(data.read_array(tmp_path / "a.npz"), GREY)
+    np.testing.assert_array_equal(data.read_array(tmp_path / "a.npz", "labels"), np.arange(5))
+    with pytest.raises(ValueError, match="it holds images, labels, and no weights"):
+        data.read_array(tmp_path / "a.npz", "weights")

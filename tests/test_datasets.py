@@ -151,3 +151,47 @@ def test_images_of_another_size_are_another_set(root):
 def test_real_forms_agree_with_the_general_reader(root):
     write_idx(root / "mnist", packed=True)
     np.testing.assert_array_equal(data.read_images(root / "mnist" / "t10k-images-idx3-ubyte.gz"), GREY[4:])
+
+
+def test_images_with_their_labels(root):
+    write_cifar(root / "cifar10", "png")
+    for spec, part in (("cifar10:test", slice(10, 12)), (root / "cifar10", slice(0, 10))):
+        images, labels = datasets.labelled(spec)
+        np.testing.assert_array_equal(images, COLOUR[part])
+        np.testing.assert_array_equal(labels, LABELS[part])
+    np.savez(root / "own.npz", images=GREY, labels=LABELS[:6].astype(np.uint8))
+    images, labels = datasets.labelled(str(root / "own.npz"))
+    np.testing.assert_array_equal(images, GREY)
+    np.testing.assert_array_equal(labels, LABELS[:6])
+    assert labels.dtype == np.int64
+    np.savez(root / "unit.npz", images=GREY / 255.0, labels=LABELS[:6])
+    assert datasets.labelled(root / "unit.npz", data_range=(0.0, 1.0))[0].min() < 0.0
+
+
+@pytest.mark.parametrize(
+    ("arrays", "says"),
+    [
+        ({"images": GREY}, "it holds images, and no labels"),
+        ({"images": GREY, "labels": LABELS[:5]}, "holds 6 images but 5 labels"),
+        (
+            {"images": GREY, "labels": LABELS[:6] / 2.0},
+            r"must be whole numbers \(N,\), but have shape \(6,\) and dtype float64",
+        ),
+        ({"images": GREY, "labels": LABELS[:6, None]}, r"whole numbers \(N,\), but have shape \(6, 1\)"),
+        ({"images": GREY, "labels": np.array(["a"] * 6)}, "must hold real numbers"),
+    ],
+)
+def test_labels_that_do_not_fit(root, arrays, says):
+    np.savez(root / "own.npz", **arrays)
+    with pytest.raises(ValueError, match=says):
+        datasets.labelled(root / "own.npz")
+
+
+def test_images_that_come_without_labels(root):
+    np.save(root / "own.npy", GREY)
+    with pytest.raises(
+        ValueError, match=r"images without labels: name one of fashion-mnist, mnist, cifar10, or an .npz"
+    ):
+        datasets.labelled(root / "own.npy")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        datasets.labelled(root / "none.npz")
