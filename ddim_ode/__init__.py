@@ -5,6 +5,7 @@ from ddim_ode.dense import Dense
 from ddim_ode.field import EpsilonField
 from ddim_ode.grid import Grid, grids
 from ddim_ode.integrate import integrate
+from ddim_ode.likelihood import Likelihood, log_density
 from ddim_ode.models.checkpoints import load
 from ddim_ode.models.pipelines import ModelWarning
 from ddim_ode.sampling import LatentWarning, RoundTrip, decode, encode, interpolate, noise, round_trip, sample, slerp
@@ -32,9 +33,9 @@ from ddim_ode.solvers import (
 
 __all__ = [
     "DATA", "NOISE", "Adaptive", "Clock", "Dense", "EpsilonField", "Flow", "Gaussian", "Grid", "Ipndm",
-    "LatentWarning", "Linear", "ModelWarning", "Multistep", "NoiseSchedule", "Outcome", "Report", "RoundTrip",
+    "LatentWarning", "Likelihood", "Linear", "ModelWarning", "Multistep", "NoiseSchedule", "Outcome", "Report", "RoundTrip",
     "RungeKutta", "Scipy", "SingleStep", "Solution", "Solver", "Status", "Step", "Tableau", "TorchDiffEq", "check",
-    "decode", "encode", "fit_gaussian", "grids", "integrate", "interpolate", "load", "noise", "round_trip",
+    "decode", "encode", "fit_gaussian", "grids", "integrate", "interpolate", "load", "log_density", "noise", "round_trip",
     "sample", "slerp", "solvers",
 ]  # fmt: skip
 

@@ -53,7 +53,7 @@ DEFAULTS = {"sample": Default("flowdown5", "flow", {}), "encode": Default("flowu
 GRID = "quadratic"
 
 #: Model calls when neither `steps` nor `nfe` is given.
-_NFE = 50
+NFE = 50
 
 GridLike = str | Grid | ArrayLike
 
@@ -428,7 +428,7 @@ def plan(
     if isinstance(grid, str):
         if steps is not None:
             return method, turned(Grid.make(grid, field.schedule, steps, **options))
-        budget = _NFE if nfe is None else nfe
+        budget = NFE if nfe is None else nfe
         steps = method.steps(budget)
         nodes = turned(Grid.make(grid, field.schedule, steps, **options))
         # A run up from σ = 0 may cost a call more than one down to it.
