@@ -107,7 +107,7 @@ class Likelihood:
 
     @property
     def vjps(self) -> int:
-        """Vector–Jacobian products, backwards, each about as dear as two model calls."""
+        """Vector–Jacobian products, backwards, each about as dear as a model call."""
         return self.encoding.nfe * self.probes
 
     @property
