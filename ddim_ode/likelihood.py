@@ -240,7 +240,7 @@ def log_density(
     with torch.no_grad():
         scale = math.sqrt(1.0 + float(nodes.sigmas[0]) ** 2)
         start = to_dtype(x, dtype, float(nodes.sigmas[-1])).flatten(1) * scale
-        augmented = _Augmented(field, tuple(x.shape[1:]), trace, probes, seed, first)
+        augmented = _Augmented(field, tuple(x.shape[1:]), trace, probes, seed, first, method.adaptive)
         start = torch.cat((start, start.new_zeros(x.shape[0], augmented.columns)), dim=1)
         parts = []
         for i, part in enumerate(start.split(size or x.shape[0])):
@@ -250,7 +250,7 @@ def log_density(
         end = float(nodes.sigmas[-1])
         x_bar, y = run.x_bar.split((D, augmented.columns), dim=1)
         run = replace(run, x_bar=x_bar.reshape(x.shape))
-        estimates = y.double() * (D / math.sqrt(1.0 + end * end))
+        estimates = y.unflatten(1, (-1, augmented.copies)).select(2, 0).double() * (D / math.sqrt(1.0 + end * end))
         found = _prior(prior, run.x_bar, end, D) + estimates.mean(dim=1)
         error = torch.zeros_like(found) if trace == "exact" else _standard_error(estimates)
         failed = torch.tensor([bool(status) for status in run.status], device=found.device)
@@ -260,15 +260,25 @@ def log_density(
 
 
 class _Augmented(EpsilonField):
-    """The field of x̄, flattened, with y behind it, one a probe: (B, D + K). It keeps no state of a run."""
+    """The field of x̄, flattened, with y behind it, one a probe, or `copies` of each one: (B, D + K). It keeps no state of a run."""
 
     def __init__(
-        self, field: EpsilonField, shape: tuple[int, ...], trace: str, probes: int, seed: int, first: int
+        self,
+        field: EpsilonField,
+        shape: tuple[int, ...],
+        trace: str,
+        probes: int,
+        seed: int,
+        first: int,
+        watched: bool,
     ) -> None:
         self.field, self.schedule, self.model = field, field.schedule, field.model
         self.sample, self.size = shape, math.prod(shape)
         self.trace, self.probes, self.seed, self.first = trace, probes, seed, first
-        self.columns = 1 if trace == "exact" else probes
+        different = 1 if trace == "exact" else probes
+        # A solver that watches the root mean square over the state must not lose y among D numbers.
+        self.copies = -(-self.size // different) if watched else 1
+        self.columns = different * self.copies
         self.shape = (self.size + self.columns,)
 
     def parameters(self) -> tuple[Tensor, ...]:
@@ -292,6 +302,8 @@ class _Augmented(EpsilonField):
                 trace = _products(eps, x, vectors if rows is None else vectors.index_select(1, rows))
             if rows is not None:
                 sigma = sigma.to(state.device, state.dtype).unsqueeze(1)
+            if self.copies > 1:
+                trace = trace.repeat_interleave(self.copies, dim=1)
             square = 1.0 + sigma * sigma
             excess = trace / D - sigma / square
             return torch.cat((eps.detach().flatten(1), square**0.5 * excess + (sigma / square) * y), dim=1)

@@ -152,6 +152,20 @@ def test_tolerances_are_nats_per_dimension():
             assert 1e-3 * tolerance < error < 10.0 * tolerance
 
 
+@pytest.mark.parametrize("name", ["bs32", "dopri5", "dop853"])
+def test_of_many_dimensions_too_where_nothing_else_asks_for_steps(name):
+    """At the mean of a Gaussian x̄ stays where it is: one number among hundreds decides the steps."""
+    eps, tolerance = GaussianEpsilon(torch.zeros(400), torch.full((400,), 0.3)), 1e-4
+    solver = replace(get(name), rtol=tolerance, atol=tolerance)
+    x = torch.zeros(1, 400, dtype=torch.float64)
+    found = log_density(
+        field_of(eps), x, solver=solver, probes=1, prior=eps.log_density
+    )  # of a diagonal one probe is enough
+    exact = eps.log_density(x, LOW) + 200.0 * math.log1p(LOW**2)
+    error = float((found.log_density - exact).abs().max()) / 400
+    assert error < {"bs32": 20.0, "dopri5": 10.0, "dop853": 1.0}[name] * tolerance
+
+
 # -- independent checks -------------------------------------------------------------------------
 def test_the_jacobian_of_the_encoding_by_finite_differences():
     """Log p(x) = log N(x_T; 0, I) + log |det ∂x_T/∂x|, whatever integrates the divergence; for a network, by the same solver."""
@@ -399,7 +413,7 @@ def test_nothing_waits_inside_the_loop(solver, trace):
     """Fake tensors have no values: any look at one fails; but on the CPU: backward passes need CUDA itself."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         field = EpsilonField(lambda x, t: torch.sin(x) * t.reshape(-1, 1), LINEAR, dtype=torch.float32)
-        augmented = ddim_ode.likelihood._Augmented(field, (5,), trace, 5 if trace == "exact" else 2, 0, 0)
+        augmented = ddim_ode.likelihood._Augmented(field, (5,), trace, 5 if trace == "exact" else 2, 0, 0, False)
         state = torch.empty((3, augmented.shape[0]), dtype=torch.float64)
         run = ddim_ode.integrate(augmented, state, Grid.make("quadratic", LINEAR, 6).reversed(), solver)
         assert run.x_bar.shape == state.shape
