@@ -7,6 +7,7 @@ from ddim_ode.field import EpsilonField
 from ddim_ode.grid import Grid, grids
 from ddim_ode.integrate import integrate
 from ddim_ode.latents import Gaussianity, attribute_direction, gaussianity, move_latent
+from ddim_ode.likelihood import Likelihood, log_density
 from ddim_ode.models.checkpoints import load
 from ddim_ode.models.pipelines import ModelWarning
 from ddim_ode.sampling import LatentWarning, RoundTrip, decode, encode, interpolate, noise, round_trip, sample, slerp
@@ -39,11 +40,12 @@ from ddim_ode.solvers import (
 
 __all__ = [
     "DATA", "NOISE", "Adaptive", "AsynchronousLeapfrog", "Clock", "Code", "Dense", "EpsilonField", "Flow", "Gaussian",
-    "Gaussianity", "Grid", "ImplicitMidpoint", "Inverse", "Ipndm", "LatentWarning", "Linear", "McCallumFoster",
-    "ModelWarning", "Multistep", "NoiseSchedule", "Outcome", "Report", "RoundTrip", "RungeKutta", "Scipy",
-    "SingleStep", "Solution", "Solver", "Status", "Step", "Tableau", "TorchDiffEq", "TwoStep", "attribute_direction",
-    "check", "decode", "encode", "fit_gaussian", "gaussianity", "grids", "integrate", "interpolate", "load",
-    "load_code", "move_latent", "noise", "round_trip", "sample", "slerp", "solvers",
+    "Gaussianity", "Grid", "ImplicitMidpoint", "Inverse", "Ipndm", "LatentWarning", "Likelihood", "Linear",
+    "McCallumFoster", "ModelWarning", "Multistep", "NoiseSchedule", "Outcome", "Report", "RoundTrip", "RungeKutta",
+    "Scipy", "SingleStep", "Solution", "Solver", "Status", "Step", "Tableau", "TorchDiffEq", "TwoStep",
+    "attribute_direction", "check", "decode", "encode", "fit_gaussian", "gaussianity", "grids", "integrate",
+    "interpolate", "load", "load_code", "log_density", "move_latent", "noise", "round_trip", "sample", "slerp",
+    "solvers",
 ]  # fmt: skip
 
 __version__ = "0.1.0"

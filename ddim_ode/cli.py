@@ -36,6 +36,7 @@ from ddim_ode.field import EpsilonField
 from ddim_ode.files import output_folder, to_json, write_json
 from ddim_ode.grid import Grid, grids
 from ddim_ode.latents import attribute_direction, gaussianity, move_latent
+from ddim_ode.likelihood import EXACT_UP_TO, log_density
 from ddim_ode.metrics import mse
 from ddim_ode.models.checkpoints import bundled, load, save_model
 from ddim_ode.models.pipelines import ModelWarning
@@ -640,6 +641,41 @@ def _latents(o: argparse.Namespace) -> int:
     return _failures(runs) or int(bool(report.left_out))
 
 
+def _likelihood(o: argparse.Namespace) -> int:
+    count, probes = _whole(o.n, "--n"), None if o.probes is None else _whole(o.probes, "--probes")
+    field = _field(o)
+    images = _read_images(o, field, count)
+    if images.dtype == np.uint8 and field.codec is None:
+        x = torch.from_numpy(np.ascontiguousarray(images)).to(field.device or "cpu")
+    else:  # densities alone: of floats, or of latents
+        x = _images(o, field, count)
+    options = _run_options(o, field, "encode") | {"sigma": o.sigma, "probes": probes, "trace": o.trace, "seed": o.seed}
+    path = Path(o.out)
+    if o.out.endswith(("/", os.sep)) or path.is_dir() or path.suffix != ".json":
+        raise ValueError(f"--out {o.out}: likelihoods are written as .json")
+    _folder(o, path.parent)
+    found = log_density(field, x, **options)
+    means = {"log_density": found.mean_log_density, "bits": found.mean_bits}
+    result: dict[str, Any] = {
+        "sigma": float(found.encoding.grid.sigmas[0]), "trace": found.trace, "probes": found.probes, "vjps": found.vjps,
+        "log_density": found.log_density.tolist(), "trace_error": found.trace_error.tolist(),
+        "bits": None if found.bits is None else found.bits.tolist(),
+        "mean": {name: None if mean is None else mean._asdict() for name, mean in means.items()},
+        "status": [status.name for status in found.status],
+    }  # fmt: skip
+    runs = {"likelihood": found.encoding}
+    write_json(path, _record(o, field, runs) | result)
+    mean, unit = (found.mean_bits, "bits per dimension") if found.mean_bits else (found.mean_log_density, "nats")
+    trace = "exact trace" if found.trace == "exact" else f"of it by the trace: {_number(mean.trace_error)}"
+    line = f"{_number(mean.value)} ± {_number(mean.error)} {unit} over {mean.n} images ({trace}; {found.vjps} products)"
+    return _report(o, field, runs, result, line)
+
+
+def _number(value: float) -> str:
+    """Four digits behind the point, or – for what is not known."""
+    return format(value, ".4f") if math.isfinite(value) else "–"
+
+
 # -- what they share ----------------------------------------------------------------------------
 def _field(o: argparse.Namespace) -> EpsilonField:
     options = _model_options(o.model_options)
@@ -752,9 +788,13 @@ def _images(o: argparse.Namespace, field: EpsilonField, count: int | None) -> Te
 
 
 def _originals(o: argparse.Namespace, field: EpsilonField, count: int | None = None) -> Tensor:
+    return data.as_tensor(_read_images(o, field, count)).to(field.device or "cpu")
+
+
+def _read_images(o: argparse.Namespace, field: EpsilonField, count: int | None) -> data.Images:
     images = data.bundled_images() if o.images is None else datasets.images(o.images, "test", _range(o.data_range))
     _check_images(o, field, images)
-    return data.as_tensor(images[:count]).to(field.device or "cpu")
+    return images[:count]
 
 
 def _check_images(o: argparse.Namespace, field: EpsilonField, images: Any) -> None:
@@ -1090,4 +1130,19 @@ def _parser() -> argparse.ArgumentParser:
     method(p, "out/latents")
     p.add_argument("--latent", help="latents (.npz or .npy): no model is loaded")
     images(p, help="or images to encode first: {} (default: bundled ones)")
+
+    p = command("likelihood", _likelihood, "Measure bits per dimension of images, and their log-density.")
+    method(p, "out/likelihood.json")
+    images(p, help="{} (default: bundled ones); of floats only log-densities are given")
+    p.add_argument("--n", type=int, default=16, help="how many of them (default: 16)")
+    p.add_argument(
+        "--sigma", type=float, help="noise level that they are taken to lie at (default: the schedule's least)"
+    )
+    p.add_argument("--trace", choices=("exact", "hutchinson"), help=f"(default: exact up to {EXACT_UP_TO} dimensions)")
+    p.add_argument(
+        "--probes", type=int, help="vectors of an estimated trace, each one backward pass a call (default: 4)"
+    )
+    p.add_argument(
+        "--seed", type=int, default=0, help="seed of probes and dequantisation; image i depends on (seed, i) alone"
+    )
     return parser

@@ -55,7 +55,7 @@ DEFAULTS = {"sample": Default("flowdown5", "flow", {}), "encode": Default("alf-f
 GRID = "quadratic"
 
 #: Model calls when neither `steps` nor `nfe` is given.
-_NFE = 50
+NFE = 50
 
 GridLike = str | Grid | ArrayLike
 
@@ -502,8 +502,8 @@ def plan(
         if steps is not None:
             return method, turned(Grid.make(grid, field.schedule, steps, **options))
         if method.iterative:
-            return method, turned(Grid.make(grid, field.schedule, _NFE, **options))
-        budget = _NFE if nfe is None else nfe
+            return method, turned(Grid.make(grid, field.schedule, NFE, **options))
+        budget = NFE if nfe is None else nfe
         steps = method.steps(budget)
         nodes = turned(Grid.make(grid, field.schedule, steps, **options))
         # A run up from σ = 0 may cost a call more than one down to it.

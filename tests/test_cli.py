@@ -409,3 +409,111 @@ def test_clipping_at_the_terminal(model, images, tmp_path, capsys):
     assert not (tmp_path / "z.npz").exists()
     assert main([*common, str(tmp_path / "no.npz"), "--model-options", '{"clip": "1"}']) == 2
     assert "clip must be a positive number" in capsys.readouterr().err
+
+
+def test_likelihood(model, images, tmp_path, capsys):
+    out = tmp_path / "new" / "l.json"
+    arguments = ["likelihood", "--model", model, "--images", images, "--n", "3", "--nfe", "6", "--out", str(out)]
+    arguments += ["--probes", "3", "--seed", "2"]
+    assert main(arguments) == 0
+    record = json.loads(out.read_text("utf-8"))
+    pixels = torch.from_numpy(data.read_images(images)[:3])
+    found = ddim_ode.log_density(ddim_ode.load(model), pixels, nfe=6, probes=3, seed=2)
+    np.testing.assert_allclose(record["bits"], found.bits.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(record["log_density"], found.log_density.numpy(), rtol=1e-6)
+    assert record["mean"]["bits"]["value"] == pytest.approx(found.mean_bits.value, rel=1e-6)
+    assert (record["nfe"], record["vjps"], record["seed"], record["probes"]) == (6, 18, 2, 3)
+    assert record["likelihood"] == {"solver": "flowup4", "grid": "flow", "steps": 6, "nfe": 6}
+    assert {"commit", "state_dtype", "schedule", "sigma", "status"} <= record.keys()
+    mean = found.mean_bits
+    words = f"{mean.value:.4f} ± {mean.error:.4f} bits per dimension over 3 images (of it by the trace: {mean.trace_error:.4f}"
+    assert words in capsys.readouterr().out
+    assert main([*arguments, "--batch-size", "2", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    np.testing.assert_allclose(printed["bits"], record["bits"], rtol=1e-6)
+    assert main([*arguments[:-4], "--trace", "exact", "--sigma", "0.1"]) == 0  # 64 dimensions
+    assert "exact trace; 384 products" in capsys.readouterr().out
+    assert json.loads(out.read_text("utf-8"))["sigma"] == 0.1
+    adaptive = [
+        *arguments[:7],
+        "--solver",
+        "bs32",
+        "--rtol",
+        "1e-2",
+        "--atol",
+        "1e-2",
+        "--probes",
+        "1",
+        "--out",
+        str(out),
+    ]
+    assert main(adaptive) == 0
+    assert "(of it by the trace: –;" in capsys.readouterr().out  # one probe has no spread
+    assert json.loads(out.read_text("utf-8"))["likelihood"]["rtol"] == 1e-2
+
+
+def test_likelihood_of_floats_is_a_log_density(model, tmp_path, capsys):
+    x = np.random.default_rng(0).uniform(-1.0, 1.0, (2, 1, 8, 8))
+    np.save(tmp_path / "x.npy", x)
+    out = tmp_path / "l.json"
+    common = ["likelihood", "--model", model, "--images", str(tmp_path / "x.npy"), "--nfe", "6", "--probes", "2"]
+    assert main([*common, "--out", str(out)]) == 0
+    record = json.loads(out.read_text("utf-8"))
+    assert record["bits"] is None
+    assert record["mean"]["bits"] is None
+    found = ddim_ode.log_density(ddim_ode.load(model), torch.from_numpy(x), nfe=6, probes=2)
+    np.testing.assert_allclose(record["log_density"], found.log_density.numpy(), rtol=1e-6)
+    assert "nats over 2 images" in capsys.readouterr().out
+
+
+def test_likelihood_names_what_failed(tmp_path, capsys, monkeypatch):
+    def net(x, t):
+        bright = x.detach().mean(dim=(1, 2, 3), keepdim=True) > 0.8
+        return torch.where(bright, torch.full_like(x, math.nan), torch.tanh(x))
+
+    field = ddim_ode.EpsilonField(net, NoiseSchedule.linear(), shape=(1, 8, 8))
+    monkeypatch.setattr("ddim_ode.cli.load", lambda *_, **__: field)
+    pictures = np.full((3, 1, 8, 8), 40, dtype=np.uint8)
+    pictures[1] = 250
+    np.save(tmp_path / "x.npy", pictures)
+    out = tmp_path / "l.json"
+    assert main(["likelihood", "--images", str(tmp_path / "x.npy"), "--nfe", "4", "--out", str(out)]) == 1
+    printed = capsys.readouterr()
+    assert "likelihood: non-finite in samples 1" in printed.err
+    assert "over 2 images" in printed.out
+    record = json.loads(out.read_text("utf-8"))
+    assert record["status"] == ["SUCCESS", "NONFINITE", "SUCCESS"]
+    assert record["bits"][1] is record["log_density"][1] is None
+    assert record["mean"]["bits"]["value"] == pytest.approx((record["bits"][0] + record["bits"][2]) / 2)
+
+
+def test_likelihood_refuses_before_any_work(model, images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ddim_ode.cli.log_density", lambda *_, **__: pytest.fail("work was done"))
+    common = ["likelihood", "--model", model, "--images", images]
+    for arguments, says in (
+        (["--out", str(tmp_path / "new" / "l.npz")], "likelihoods are written as .json"),
+        (["--out", str(tmp_path)], "likelihoods are written as .json"),
+        (["--probes", "0"], "--probes takes whole numbers of at least 1, but got 0"),
+        (["--n", "0"], "--n takes whole numbers"),
+        (["--solver", "abb3"], "did you mean ab3"),
+        (["--solver", "dopri5", "--nfe", "20"], "no budget of steps or nfe"),
+        (["--solver", "ab3", "--rtol", "1e-3"], "--rtol is for solvers that choose their own steps"),
+    ):
+        assert main([*common, *arguments]) == 2
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--sigma", "-1"], "sigma must be a noise level"),
+        (["--trace", "exact", "--probes", "2"], "probes are those of an estimated trace"),
+        (["--seed", "-1"], "seed must be"),
+    ],
+)
+def test_a_likelihood_that_is_refused_leaves_nothing(arguments, says, model, images, tmp_path, capsys):
+    common = ["likelihood", "--model", model, "--images", images, "--out", str(tmp_path / "new" / "l.json")]
+    assert main([*common, *arguments]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

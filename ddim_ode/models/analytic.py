@@ -8,6 +8,8 @@ the dtype and on the device of the state. σ is a float, or a tensor (B, 1, …,
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -70,6 +72,19 @@ class GaussianEpsilon:
         moved = turned * torch.where(total > 0.0, ((variance + to * to) / total).sqrt(), torch.ones_like(total))
         return (mean + moved @ basis.T).reshape(x_bar.shape)
 
+    def log_density(self, x_bar: Tensor, sigma: float) -> Tensor:
+        r"""Log N(x̄; μ, Σ + σ² I), (B,): that of the data noised to `sigma`.
+
+        Parameters
+        ----------
+        x_bar : Tensor
+            (B, \*d).
+        sigma : float
+            A noise level; above 0, if Σ is singular.
+        """
+        mean, variance, basis = self._placed.like(x_bar)
+        return _log_normal((x_bar.flatten(1) - mean) @ basis, variance, sigma)
+
 
 class MixtureEpsilon:
     r"""Exact ε of a Gaussian mixture with full covariances.
@@ -121,7 +136,7 @@ class MixtureEpsilon:
         if isinstance(sigma, Tensor):
             return _above_zero(self, x_bar, sigma)
         if sigma == 0.0:
-            return torch.zeros_like(x_bar)
+            return 0.0 * x_bar  # not a constant: it has a derivative, which is 0
         return self._above_zero(x_bar, sigma)
 
     def _above_zero(self, x_bar: Tensor, sigma: Any) -> Tensor:
@@ -139,6 +154,21 @@ class MixtureEpsilon:
         for k, z in enumerate(turned):
             out += ((share[:, k : k + 1] * z) * _ratio(sigma, variances[k])) @ bases[k].T
         return out.reshape(x_bar.shape)
+
+    def log_density(self, x_bar: Tensor, sigma: float) -> Tensor:
+        r"""Log Σ_k w_k N(x̄; μ_k, Σ_k + σ² I), (B,): that of the data noised to `sigma`.
+
+        Parameters
+        ----------
+        x_bar : Tensor
+            (B, \*d).
+        sigma : float
+            A noise level; above 0, if a Σ_k is singular.
+        """
+        weights, means, variances, bases = self._placed.like(x_bar)
+        flat = x_bar.flatten(1)
+        parts = zip(weights, means, variances, bases, strict=True)
+        return torch.stack([w.log() + _log_normal((flat - m) @ u, v, sigma) for w, m, v, u in parts]).logsumexp(dim=0)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         r"""Draw (n, \*d) from the mixture, float64, on the CPU."""
@@ -184,17 +214,14 @@ class EmpiricalEpsilon:
         if isinstance(sigma, Tensor):
             return _above_zero(self, x_bar, sigma)
         if sigma == 0.0:
-            return torch.zeros_like(x_bar)
+            return 0.0 * x_bar  # not a constant: it has a derivative, which is 0
         return self._above_zero(x_bar, sigma)
 
     def _above_zero(self, x_bar: Tensor, sigma: Any) -> Tensor:
         x, sigma = x_bar.flatten(1), _flat(sigma)
         best = torch.full((x.shape[0], 1), -torch.inf, dtype=x.dtype, device=x.device)
         mass, mean = torch.zeros_like(best), torch.zeros_like(x)
-        for part in self.data.split(self.chunk):
-            y = part.to(x.device, x.dtype)
-            if part.dtype == torch.uint8:
-                y = y / 127.5 - 1.0
+        for y in self._parts(x):
             # −|x − y|²/2σ², less the part in |x|² that all points share
             logits = (x @ y.T - 0.5 * (y * y).sum(dim=1)) / (sigma * sigma)
             top = torch.maximum(best, logits.amax(dim=1, keepdim=True))
@@ -203,6 +230,32 @@ class EmpiricalEpsilon:
             mean = mean * old + weights @ y
             best = top
         return ((x - mean / mass) / sigma).reshape(x_bar.shape)
+
+    def log_density(self, x_bar: Tensor, sigma: float) -> Tensor:
+        r"""Log (1/N) Σ_i N(x̄; x_i, σ² I), (B,): that of the data noised to `sigma` > 0; at 0 they have none.
+
+        Parameters
+        ----------
+        x_bar : Tensor
+            (B, \*d).
+        sigma : float
+            A noise level above 0.
+        """
+        if not sigma > 0.0:
+            raise ValueError(f"sigma must be above 0 for the density of a finite data set, but got {sigma!r}")
+        x = x_bar.flatten(1)
+        total = torch.full((x.shape[0],), -torch.inf, dtype=x.dtype, device=x.device)
+        for y in self._parts(x):
+            # Not by |x|² + |y|² − 2xy, which far from the data would lose the digits of an answer that is a difference.
+            near = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
+            total = torch.logaddexp(total, (near * (-0.5 / sigma**2)).logsumexp(dim=1))
+        return total - math.log(len(self.data)) - 0.5 * x.shape[1] * math.log(2.0 * math.pi * sigma**2)
+
+    def _parts(self, like: Tensor) -> Iterator[Tensor]:
+        """The data in chunks, as floats beside `like`."""
+        for part in self.data.split(self.chunk):
+            y = part.to(like.device, like.dtype)
+            yield y / 127.5 - 1.0 if part.dtype == torch.uint8 else y
 
 
 class _Placed:
@@ -236,6 +289,16 @@ def _eigen(covariance: Tensor, size: int, name: str) -> tuple[Tensor, Tensor]:
     if float(variance.min()) < -1e-10 * float(variance.max()):
         raise ValueError(f"{name} must be positive semi-definite, but has the eigenvalue {float(variance.min()):.4g}")
     return variance.clamp(min=0.0), basis
+
+
+def _log_normal(turned: Tensor, variance: Tensor, sigma: float) -> Tensor:
+    """Log N(0, diag(λ) + σ² I) of what has been turned onto its directions, (B, D) to (B,)."""
+    total = variance + sigma * sigma
+    if not isinstance(total, FakeTensor) and not bool((total > 0.0).all()):
+        raise ValueError(
+            f"sigma = {sigma:g} leaves a direction without variance, where there is no density: take it above 0"
+        )
+    return -0.5 * ((turned * turned / total).sum(dim=1) + (2.0 * math.pi * total).log().sum())
 
 
 def _flat(sigma: Any) -> Any:
