@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ddim_ode.codes import Code
 from ddim_ode.field import EpsilonField
-from ddim_ode.grid import Grid
+from ddim_ode.grid import Grid, grids
 from ddim_ode.integrate import check_state, integrate, to_dtype
 from ddim_ode.metrics import mse
 from ddim_ode.schedule import whole
@@ -213,6 +214,12 @@ def check_code(field: EpsilonField, code: Code, *, force: bool = False, **option
     named = {name: options[name] for name in _CHOICES if options.get(name) is not None}
     differ = code.differences(field)
     solver, nodes = plan(field, "sample", *(named.get(name) for name in _CHOICES))
+    if "solver" not in named and len(named) and code.grid.name in grids():
+        # The budget that the code was made with is no other grid.
+        rule = named.get("grid", code.grid.name)
+        with suppress(ValueError):
+            again = plan(field, "encode", code.solver, rule, named.get("steps"), named.get("nfe"))[1]
+            nodes = again.reversed() if np.array_equal(again.sigmas, code.grid.sigmas) else nodes
     if "solver" in named and solver.name != code.solver.name:
         differ.append(f"solver is {solver.name}, was {code.solver.name}")
     other_grid = len(named) > ("solver" in named) and not np.array_equal(nodes.sigmas, code.grid.sigmas[::-1])
@@ -464,16 +471,17 @@ def plan(
     grid: GridLike | None,
     steps: int | None,
     nfe: int | None,
+    default: Default | None = None,
 ) -> tuple[Solver, Grid]:
     """The solver and the grid of a run in `direction`, ``"sample"`` or ``"encode"``, from what its caller named.
 
-    The other arguments, and what is refused, are as for :func:`sample`.
+    `default` stands in for that of the direction. The other arguments, and what is refused, are as for :func:`sample`.
     """
     if not isinstance(field, EpsilonField):
         raise TypeError(
             f"field must be an EpsilonField, but got {type(field).__name__}: wrap a network as EpsilonField(model, schedule)"
         )
-    default = DEFAULTS[direction]
+    default = default or DEFAULTS[direction]
     method = get(default.solver if solver is None else solver)
     if method.iterative and nfe is not None:
         raise ValueError(

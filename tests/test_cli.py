@@ -90,6 +90,26 @@ def test_sample_encode_decode(model, images, tmp_path, capsys):
         assert sheet.size == (19, 19)
     assert main(["encode", *common, "--images", images, "--out", str(tmp_path / "z.npz")]) == 0
     assert main(["decode", *common, "--latent", str(tmp_path / "z.npz"), "--out", str(tmp_path / "d.npy")]) == 0
+    # By another budget it is another run, and says so.
+    other = [
+        "decode",
+        "--model",
+        model,
+        "--nfe",
+        "12",
+        "--latent",
+        str(tmp_path / "z.npz"),
+        "--out",
+        str(tmp_path / "e.npy"),
+    ]
+    capsys.readouterr()
+    assert main(other) == 2
+    assert "this code was made otherwise: the grid" in capsys.readouterr().err
+    assert main([*other, "--force"]) == 0
+    assert np.abs(np.load(tmp_path / "e.npy") - np.load(tmp_path / "d.npy")).max() > 1e-6
+    # Latents alone have no second state to go back by.
+    assert main(["encode", *common, "--images", images, "--out", str(tmp_path / "z.npy")]) == 0
+    assert main(["decode", *common, "--latent", str(tmp_path / "z.npy"), "--out", str(tmp_path / "a.npy")]) == 0
     trip = ddim_ode.round_trip(field, data.as_tensor(data.read_images(images)), nfe=10)
     np.testing.assert_allclose(np.load(tmp_path / "d.npy"), trip.reconstruction.numpy(), atol=1e-6)
     capsys.readouterr()
@@ -209,11 +229,21 @@ def test_it_is_a_module_too():
 
 def test_reconstruct_and_interpolate(model, images, tmp_path):
     common = ["--model", model, "--nfe", "10", "--images", images]
-    assert main(["reconstruct", *common, "--out", str(tmp_path / "r")]) == 0
+    assert main(["reconstruct", *common, "--solver", "ddim", "--out", str(tmp_path / "r")]) == 0
     record = json.loads((tmp_path / "r" / "results.json").read_text(encoding="utf-8"))
-    assert len(record["mse"]) == 4
-    assert record["nfe"] == 20
-    assert (tmp_path / "r" / "reconstructions.png").exists()
+    (row,) = record["rows"]
+    assert len(row["each"]["round_trip_mse"]) == 4
+    assert (row["encode_calls"], row["decode_calls"], row["states"]) == (10, 10, 1)
+    made = {p.name for p in (tmp_path / "r").iterdir()}
+    assert made == {
+        "results.json", "errors.png", "along.png", "distribution-10.png", "reconstructions-10.png", "codes.safetensors",
+        "reconstructions.npz",
+    }  # fmt: skip
+    trip = ddim_ode.round_trip(
+        ddim_ode.load(model), data.as_tensor(data.read_images(images)), nfe=10, solver="ddim", grid="quadratic"
+    )
+    np.testing.assert_allclose(row["each"]["round_trip_mse"], trip.mse, rtol=1e-4)
+    np.testing.assert_allclose(data.read_array(tmp_path / "r" / "reconstructions.npz"), trip.reconstruction, atol=1e-6)
     assert main(["interpolate", *common, "--pairs", "2", "--points", "3", "--out", str(tmp_path / "i.npz")]) == 0
     assert data.read_array(tmp_path / "i.npz").shape == (6, 1, 8, 8)
 
@@ -276,9 +306,11 @@ def test_solvers_lists_them(capsys):
         (["sample", "--nfe", "0"], "does not pay for one step"),
         (["sample", "--out", "OUT/a.jpg"], "written as .png"),
         (["sample", "--n", "0"], "n must be a whole number"),
-        (["encode", "--out", "OUT/z.png"], "latents are written as .npz or .npy"),
+        (["encode", "--out", "OUT/z.png"], "codes are written as .safetensors or .npz"),
         (["encode", "--solver", "abb3", "--out", "OUT/z.npz"], "did you mean ab3"),
-        (["reconstruct", "--nfe", "0", "--out", "OUT"], "does not pay for one step"),
+        (["reconstruct", "--nfe", "0", "--out", "OUT"], "--nfe takes whole numbers of at least 1"),
+        (["reconstruct", "--solvers", "nothing", "--out", "OUT"], "unknown solver"),
+        (["reconstruct", "--solvers", ",", "--out", "OUT"], "at least one name"),
         (["encode", "--images", "OUT/none"], "no such file"),
         (["encode", "--images", "IMAGES"], r"the model takes"),
         (["decode", "--latent", "IMAGES"], "is it an image"),
@@ -289,8 +321,8 @@ def test_solvers_lists_them(capsys):
         (["compare", "--grid", "karas"], "did you mean karras"),
         (["sample", "--device", "cuda:99"], "--device cuda:99 cannot be used here"),
         (["sample", "--device", "meta"], "--device meta cannot be used here"),
-        (["encode", "--out", "."], "latents are written as"),
-        (["encode", "--out", "OUT/z.npz/"], "latents are written as"),
+        (["encode", "--out", "."], "codes are written as"),
+        (["encode", "--out", "OUT/z.npz/"], "codes are written as"),
         (["sample", "--batch-size", "0"], "--batch-size takes whole numbers of at least 1"),
         (["reconstruct", "--batch-size", "0"], "--batch-size"),
         (["sample", "--model", "MODEL", "--latent", "LATENT", "--n", "3"], "contradicts the 2 latents"),

@@ -26,6 +26,7 @@ from ddim_ode import (
     TorchDiffEq,
     log_density,
 )  # fmt: skip
+from ddim_ode.likelihood import DEFAULT
 from ddim_ode.models.analytic import EmpiricalEpsilon, GaussianEpsilon, MixtureEpsilon
 from ddim_ode.solvers import get
 from ddim_ode.solvers.runge_kutta import DOP853, DOPRI5
@@ -529,8 +530,10 @@ def test_where_there_is_no_density_it_is_refused():
 def test_a_record_of_the_run_is_the_encoding():
     """The state without its last columns is what ``encode`` gives, solver by solver."""
     field, x = EpsilonField(Net(), LINEAR), torch.tensor([[0.2, -0.7, 0.5]], dtype=torch.float64)
+    solver, grid, options = DEFAULT
+    nodes = Grid.make(grid, LINEAR, 20, **options).reversed()
     found = log_density(field, x, nfe=20, sigma=0.0)
-    run = ddim_ode.encode(field, x, nfe=20)
+    run = ddim_ode.encode(field, x, solver=solver, grid=nodes)
     torch.testing.assert_close(found.latent, run.x, rtol=1e-12, atol=1e-12)
     assert found.encoding.grid == run.grid
     assert np.array_equal(found.status, run.status)
