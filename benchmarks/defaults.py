@@ -3,8 +3,8 @@ r"""Which pair of solver and grid is most accurate per model call, in each direc
 Every candidate pair samples (and encodes back) the same latents of the problems of :data:`PROBLEMS` at four budgets; each problem
 after the first, slower than the one before, sees only the best so far. A pair's score is the geometric mean, over problems
 and budgets, of its RMS error over the least anyone reached there. The family that leads is then refined by Nelder and Mead's
-method, budget by budget: its own numbers are the linear part's c, the clock's, the grid's c and ρ.
-:data:`ddim_ode.sampling.DEFAULTS` and the numbers of the clock ``paced`` and the grid ``flow`` are round ones from there, chosen by hand
+method, budget by budget: its own numbers are the linear part's c, the clock's if that is free, the grid's c and ρ.
+:data:`ddim_ode.sampling.DEFAULTS` and the numbers of the clock ``paced`` and the grids ``flow`` and ``flow-up`` are round ones from there, chosen by hand
 between budgets. The gain is measured on latents that had no part in the
 choice, and on :data:`UNSEEN` problems, which had none either::
 
@@ -36,7 +36,7 @@ from ddim_ode.comparison import circumstances
 from ddim_ode.files import output_folder, write_json
 from ddim_ode.metrics import rms
 from ddim_ode.sampling import DEFAULTS
-from ddim_ode.solvers import Clock, arctan, get
+from ddim_ode.solvers import AsynchronousLeapfrog, Clock, arctan, flow, get
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBLEMS = {"digits": 16, "fashion": 4, "network": 4}
@@ -48,6 +48,7 @@ GRIDS: dict[str, tuple[str, dict[str, float]]] = {
     "asinh c=0.02": ("asinh", {"c": 0.02}),
     "flow": ("flow", {}),
     "flow c=1.6 rho=2.4": ("flow", {"c": 1.6, "rho": 2.4}),
+    "flow-up": ("flow-up", {}),
 }
 CLOCKS: dict[str, str | Clock] = {
     "sigma": "sigma",
@@ -60,8 +61,22 @@ CLOCKS: dict[str, str | Clock] = {
 LINEARS: tuple[Linear, ...] = (NOISE, DATA, Flow(0.15))
 #: How many pairs, of the best in each direction so far, a problem runs that is slower than those before it.
 KEPT = {"fashion": 40, "network": 10}
-#: The family that is refined, by direction: k, and where the search begins (Flow's c, arctan's c, the grid's c and ρ).
-REFINED = {"sample": (4, (0.15, 2.0, 4.0, 2.1)), "encode": (3, (0.03, 0.1, 1.5, 2.2))}
+
+
+def _corrected(linear: float, at: float) -> Solver:
+    return Multistep(4, clock=arctan(at), linear=Flow(linear), corrector="free")
+
+
+def _leapfrog(linear: float) -> Solver:
+    return AsynchronousLeapfrog(flow(linear), Flow(linear))
+
+
+#: The family that is refined, by direction: what makes a member of its own numbers, and where the search begins: those, then
+#: the grid's c and ρ.
+REFINED: dict[str, tuple[Callable[..., Solver], dict[str, float]]] = {
+    "sample": (_corrected, {"flow": 0.15, "arctan": 2.0, "c": 4.0, "rho": 2.1}),
+    "encode": (_leapfrog, {"flow": 1.0, "c": 1.4, "rho": 2.1}),
+}
 
 
 def members() -> Iterator[tuple[str, Solver]]:
@@ -72,7 +87,18 @@ def members() -> Iterator[tuple[str, Solver]]:
         part = f"{linear.name} {linear.c:g}" if isinstance(linear, Flow) else linear.name
         name = f"{part} {at} {k}{' corrected' if corrector else ''}"
         yield name, Multistep(k, clock=clock, linear=linear, corrector=corrector)
-    for name in ("midpoint", "heun", "kutta3", *(default.solver for default in DEFAULTS.values())):
+    for c in (0.15, 1.0):
+        yield f"alf flow {c:g}", AsynchronousLeapfrog(flow(c), Flow(c))
+    for name in (
+        "midpoint",
+        "heun",
+        "kutta3",
+        "alf",
+        "o-belm",
+        "bdia",
+        "flowup4",
+        *(d.solver for d in DEFAULTS.values()),
+    ):
         yield name, get(name)
 
 
@@ -129,18 +155,18 @@ def choose(tasks: dict[str, Problem]) -> dict[str, Any]:
 def refine(tasks: dict[str, Problem]) -> list[dict[str, Any]]:
     """The best numbers of the leading family at each budget, by direction, and what the default makes of the same."""
     rows = []
-    for (direction, (k, start)), budget in itertools.product(REFINED.items(), BUDGETS):
+    for (direction, (make, start)), budget in itertools.product(REFINED.items(), BUDGETS):
         own = {
             name: task for name, task in tasks.items() if not name.startswith("network")
         }  # which is too slow for this
 
         def run(
-            values: Any, own: Any = own, k: int = k, budget: int = budget, direction: str = direction
+            values: Any, own: Any = own, make: Any = make, budget: int = budget, direction: str = direction
         ) -> dict[str, float]:
-            linear, at, c, rho = np.exp(values).tolist()
-            solver = Multistep(k, clock=arctan(at), linear=Flow(linear), corrector="free")
+            *numbers, c, rho = np.exp(values).tolist()
+            solver = make(*numbers)
             schedule = next(iter(own.values())).field.schedule
-            nodes = Grid.make("flow", schedule, budget, c=c, rho=rho)
+            nodes = Grid.make("flow", schedule, solver.steps(budget), c=c, rho=rho)
             return {name: error(task, solver, nodes, direction) for name, task in own.items()}
 
         def loss(values: Any, run: Any = run) -> float:
@@ -149,17 +175,18 @@ def refine(tasks: dict[str, Problem]) -> list[dict[str, Any]]:
             found = list(run(values).values())
             return math.fsum(math.log(e) if math.isfinite(e) else 10.0 for e in found) / len(found)
 
-        first = np.log(start)
-        simplex = np.vstack([first, first + 0.3 * np.eye(4)])
+        first = np.log(list(start.values()))
+        simplex = np.vstack([first, first + 0.3 * np.eye(first.size)])
         found = minimize(loss, first, method="Nelder-Mead", options={"maxfev": 45, "initial_simplex": simplex})
         default = DEFAULTS[direction]
         solver = get(default.solver)
-        nodes = {n: Grid.make(default.grid, t.field.schedule, budget, **default.options) for n, t in own.items()}
+        steps = solver.steps(budget)
+        nodes = {n: Grid.make(default.grid, t.field.schedule, steps, **default.options) for n, t in own.items()}
         rows.append(
             {
                 "direction": direction,
                 "nfe": budget,
-                "best": dict(zip(("flow", "arctan", "c", "rho"), np.exp(found.x).tolist(), strict=True)),
+                "best": dict(zip(start, np.exp(found.x).tolist(), strict=True)),
                 "errors": run(found.x),
                 "default": {name: error(task, solver, nodes[name], direction) for name, task in own.items()},
             }
