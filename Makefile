@@ -4,7 +4,8 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-slow lint bench bench-adaptive bench-defaults bench-network bench-network-cifar10 bench-peers \
-        bench-memory bench-throughput bench-work-precision bench-training train train-cifar10 clean
+        bench-memory bench-throughput bench-work-precision bench-training bench-round-trip bench-latents bench-likelihood \
+        train train-cifar10 clean
 
 demo: .venv/base                    ## compare solvers on the bundled network: a table, figures and JSON in out/demo
 	$(BIN)/ddim-ode compare --out out/demo
@@ -41,6 +42,15 @@ bench-defaults: .venv/dev           ## which solver and grid are the defaults, a
 
 bench-peers: .venv/peers            ## accuracy per call beside every peer at its best settings: three quarters of an hour
 	$(BIN)/python -m benchmarks.peers
+
+bench-round-trip: .venv/peers       ## encoding and decoding: every method, diffusers' inverse schedulers, Table 2: an hour
+	$(BIN)/python -m benchmarks.round_trip
+
+bench-latents: .venv/dev            ## what latents of images are good for, and how Gaussian they are: ten minutes
+	$(BIN)/python -m benchmarks.latents
+
+bench-likelihood: .venv/dev         ## errors of log-densities by calls, bits per dimension of the bundled networks: half an hour
+	$(BIN)/python -m benchmarks.likelihood
 
 bench-network: .venv/dev            ## the bundled network's loss beside the mixture's: about half an hour
 	$(BIN)/python -m benchmarks.network_loss

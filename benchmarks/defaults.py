@@ -4,7 +4,8 @@ Every candidate pair samples (and encodes back) the same latents of the problems
 after the first, slower than the one before, sees only the best so far. A pair's score is the geometric mean, over problems
 and budgets, of its RMS error over the least anyone reached there. The family that leads is then refined by Nelder and Mead's
 method, budget by budget: its own numbers are the linear part's c, the clock's if that is free, the grid's c and ρ.
-:data:`ddim_ode.sampling.DEFAULTS` and the numbers of the clock ``paced`` and the grids ``flow`` and ``flow-up`` are round ones from there, chosen by hand
+:data:`ddim_ode.sampling.DEFAULTS` and the numbers of the clock ``paced`` and of the grids ``flow`` and ``flow-up`` are round ones
+from there, chosen by hand
 between budgets. The gain is measured on latents that had no part in the
 choice, and on :data:`UNSEEN` problems, which had none either::
 
