@@ -19,7 +19,8 @@ Run from the root of a checkout::
     python -m benchmarks.round_trip [--parts exact,networks,peers,table2] [--problems …] [--figures-only]
 
 It takes about three quarters of an hour on one core, and needs the data sets and scikit-learn (see ``problems.py``); what is missing is
-left out and named. The record is ``round_trip.json``, written part by part.
+left out and named. The record is ``round_trip.json``, written part by part; figures and the tables of docs/inversion.md are
+made of it alone.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from ddim_ode import EpsilonField
 from ddim_ode.comparison import Reference, circumstances
 from ddim_ode.data import as_tensor
 from ddim_ode.datasets import images as dataset_images
-from ddim_ode.files import output_folder, write_json
+from ddim_ode.files import output_folder, replacing, write_json
 from ddim_ode.metrics import mse, rms
 from ddim_ode.plotting import STYLE, save_figure
 from ddim_ode.reconstruction import reconstruct, reference_latents
@@ -258,6 +259,67 @@ def draw(record: dict[str, Any], key: str, title: str) -> Figure:
     return figure
 
 
+BEGIN, END = "<!-- round-trip:{}:begin -->", "<!-- round-trip:{}:end -->"
+#: Tables of the page: what they hold, and whose second state counts.
+TABLES = ("round_trip_mse", "alone_mse", "latent_rms")
+
+
+def table(record: dict[str, Any], key: str) -> str:
+    """A Markdown table: methods by problems, each cell the error at all budgets."""
+    found = {**record.get("exact", {}), **record.get("networks", {})}
+    found = {name: part for name, part in found.items() if "rows" in part}
+    lines = ["| | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
+    kinds = dict.fromkeys((r["solver"], r["grid"]) for part in found.values() for r in part["rows"])
+    for solver, grid in kinds:
+        if solver == "ees25-arctan" or (grid != GRID and solver not in ("default", "dopri5", "flowup4", "flowdown5")):
+            continue
+        cells: list[str] = []
+        for part in found.values():
+            rows = [r for r in part["rows"] if (r["solver"], r["grid"]) == (solver, grid)]
+            if key == "round_trip_mse" and rows and rows[0]["states"] == 1 and solver not in ("ddim", "dpmpp2m"):
+                cells = []
+                break
+            cells.append(" / ".join(_digits(r[key]) + ("\\*" if r.get("unconverged") else "") for r in rows))
+        on = "" if grid in (GRID, "explicit") or solver == "default" else f" on {grid}"
+        if cells:
+            lines.append(f"| `{solver}`{on} | " + " | ".join(cells) + " |")
+    for family in ("DDIM", "DPMSolverMultistep"):
+        cells = []
+        for name in found:
+            rows = [r for r in record.get("peers", {}).get(name, {}).get("rows", []) if r["family"] == family]
+            cells.append(
+                " / ".join(_digits(r["latent_rms" if key == "latent_rms" else "round_trip_mse"]) for r in rows)
+            )
+        lines.append(f"| diffusers `{family}Inverse` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _digits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1e}".replace("e-0", "e-").replace("e+00", "").replace("e+0", "e")
+
+
+def table2_page(record: dict[str, Any]) -> str:
+    """Table 2 beside ours."""
+    found = {name: part for name, part in record.get("table2", {}).items() if "ddim" in part}
+    lines = ["| S | " + " | ".join(map(str, TABLE2)) + " |", "|---" * (len(TABLE2) + 1) + "|"]
+    lines.append("| the paper, CIFAR-10 | " + " | ".join(map(str, PAPER)) + " |")
+    for name, part in found.items():
+        for key, what in (("ddim", "eq. 13"), ("default", "the default, from the latent alone")):
+            lines.append(f"| {name}, {what} | " + " | ".join(map(_digits, part[key])) + " |")
+    return "\n".join(lines)
+
+
+def write_page(record: dict[str, Any]) -> None:
+    """Put the tables into docs/inversion.md."""
+    path = ROOT / "docs/inversion.md"
+    text = path.read_text("utf-8")
+    for name, made in (*((key, table(record, key)) for key in TABLES), ("table2", table2_page(record))):
+        before, rest = text.split(BEGIN.format(name))
+        text = f"{before}{BEGIN.format(name)}\n{made}\n{END.format(name)}{rest.split(END.format(name))[1]}"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     """Measure, record part by part, draw."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -301,6 +363,8 @@ def main() -> None:
         ("latent_rms", "RMS error of the latent", "round_trip-latent"),
     ):
         save_figure(draw(record, key, title), figures / f"{file}.png")
+    if options.figures == ROOT / "docs/figures":
+        write_page(record)
 
 
 if __name__ == "__main__":
