@@ -315,14 +315,18 @@ def _as_images(array: NDArray[Any], path: Path, data_range: tuple[float, float] 
         if not low < high:
             raise ValueError(f"data_range must be two numbers that rise, such as (0, 1), but got {data_range!r}")
         array = (array - low) * (2.0 / (high - low)) - 1.0
-    if not np.abs(array).max() <= 1.0 + 1e-3:
+    # An image that holds NaN fails by itself, where it is used; its neighbours are judged.
+    good = array[np.isfinite(array).reshape(len(array), -1).all(axis=1)]
+    if not len(good):
+        raise ValueError(f"{path} must hold floats in [-1, 1], but every image in it holds NaN or infinity")
+    if not np.abs(good).max() <= 1.0 + 1e-3:
         raise ValueError(
-            f"{path} must hold floats in [-1, 1], but they span {array.min():.4g}…{array.max():.4g}"
+            f"{path} must hold floats in [-1, 1], but they span {good.min():.4g}…{good.max():.4g}"
             f"{'' if data_range is None else ' once scaled'}: clip or scale them, or give data_range"
         )
-    if data_range is None and array.min() >= 0.0 and array.max() > 0.0:
+    if data_range is None and good.min() >= 0.0 and good.max() > 0.0:
         raise ValueError(
-            f"{path} must hold floats in [-1, 1], but they span {array.min():.4g}…{array.max():.4g}, as of images in [0, 1]: give "
+            f"{path} must hold floats in [-1, 1], but they span {good.min():.4g}…{good.max():.4g}, as of images in [0, 1]: give "
             "data_range (--data-range 0,1, or -1,1 if they are light images in truth)"
         )
     return array

@@ -264,7 +264,8 @@ def encode(
     field : EpsilonField
         ε.
     images : Tensor
-        x_0, (B, \*d); x at the grid's first σ, if that is not 0.
+        x_0, (B, \*d); x at the grid's first σ, if that is not 0. An image that holds NaN or infinity fails, and the others
+        are encoded.
     data_range : (float, float) or None
         What images (B, C, H, W) must lie in, up to rounding; None for no check, and none is made for a
         latent-diffusion model, whose latents have no range.
@@ -282,6 +283,7 @@ def encode(
         If an argument cannot be used, before any model call.
     """
     method, nodes = plan(field, "encode", solver, grid, steps, nfe)
+    images, spoilt = _set_aside(images)
     check_state(field, images, "images")
     _check_range(images, None if field.codec is not None else data_range)
     _check_second(second, method, images)
@@ -289,7 +291,33 @@ def encode(
         start = to_dtype(images, dtype, nodes.sigmas[-1]) * math.sqrt(1.0 + nodes.sigmas[0] ** 2)
     options: dict[str, Any] = {"callback": callback, "progress": progress, "trajectory": trajectory, "dense": dense}
     options |= {"save_at": save_at, "gradients": gradients, "checkpoint": checkpoint}
-    return _in_batches(field, start, second, nodes, method, batch_size, options)
+    run = _in_batches(field, start, second, nodes, method, batch_size, options)
+    return _fail(run, spoilt) if spoilt else run
+
+
+def _set_aside(images: Tensor) -> tuple[Tensor, list[int]]:
+    """The images, copies of another in place of those that hold NaN or infinity, and which those are, if there are others."""
+    if not isinstance(images, Tensor) or isinstance(images, FakeTensor) or images.ndim < 2:
+        return images, []
+    whole_ = images.detach().isfinite().flatten(1).all(dim=1)
+    if bool(whole_.all()) or not bool(whole_.any()):
+        return images, []  # with none to go on with it is a mistake, and refused
+    keep = whole_.reshape(-1, *(1,) * (images.ndim - 1))
+    # A copy is as easy to encode as what it is a copy of; zeros may be anything but.
+    other = images[int(whole_.int().argmax())].expand_as(images)
+    return torch.where(keep, images, other), torch.nonzero(~whole_).flatten().tolist()
+
+
+def _fail(run: Solution, which: list[int]) -> Solution:
+    """The run with these samples failed before its first step."""
+    status, sigma = list(run.status), list(run.sigma)
+    for i in which:
+        status[i], sigma[i] = Status.NONFINITE, float(run.grid.sigmas[0])
+    outcome = None if run.outcome is None else replace(run.outcome, status=tuple(status), sigma=tuple(sigma))
+    at = torch.tensor(which, device=run.x_bar.device)
+    return replace(
+        run, status=tuple(status), sigma=tuple(sigma), outcome=outcome, x_bar=run.x_bar.index_fill(0, at, 0.0)
+    )
 
 
 @dataclass(frozen=True, eq=False)
