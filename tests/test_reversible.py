@@ -492,6 +492,40 @@ def spoiled(below):
     return EpsilonField.from_sigma(eps, LINEAR)
 
 
+@pytest.mark.parametrize("with_second", [False, True], ids=["alone", "both"])
+@pytest.mark.parametrize("solver", [*NAMED, *OTHERS], ids=name)
+def test_one_that_fails_leaves_its_neighbours(solver, with_second):
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[1] += 30.0
+    second = {"second": x + 0.01} if with_second and not isinstance(solver, AsynchronousLeapfrog) else {}
+    second |= {"second": torch.tanh(x)} if with_second and not second else {}
+    grid = Grid.explicit(np.linspace(3.0, 0.5, 11), LINEAR)
+    bad = integrate(spoiled(1.6), x, grid, solver, **second)
+    good = integrate(spoiled(1e-9), x, grid, solver, **second)
+    assert bad.status == (Status.SUCCESS, Status.NONFINITE, Status.SUCCESS)
+    assert good.success
+    for a, b in ((bad.x_bar, good.x_bar), (bad.second, good.second)):
+        bits(a[[0, 2]], b[[0, 2]])
+    assert bool(bad.x_bar.isfinite().all())
+    assert bool(bad.second.isfinite().all())
+    # It holds a pair that was one: it goes back to where it began.
+    assert 1.5 <= bad.sigma[1] < 3.0
+    nodes = grid.sigmas[grid.sigmas >= bad.sigma[1] - 1e-9]
+    field = spoiled(1e-9)
+    back = integrate(field, bad.x_bar[1:2], nodes[::-1], solver, second=bad.second[1:2])
+    torch.testing.assert_close(back.x_bar, x[1:2], rtol=0.0, atol=1e-9)
+
+
+def test_one_that_fails_at_once_holds_what_it_was_given():
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[1] += 30.0
+    for solver in NAMED:
+        run = integrate(spoiled(9.0), x, np.linspace(3.0, 0.5, 5), solver)
+        assert run.status == (Status.SUCCESS, Status.NONFINITE, Status.SUCCESS)
+        assert run.sigma[1] == 3.0
+        bits(run.x_bar[1], x[1])
+
+
 # -- what is refused --------------------------------------------------------------------------------
 @pytest.mark.parametrize("gamma", [0.0, -1.0, 1.5, math.nan, "1", True])
 def test_bad_gammas(gamma):
