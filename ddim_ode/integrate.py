@@ -212,12 +212,15 @@ def _run(
             break
 
     calls = evaluate.calls
-    if x_bar is start:  # a run that made no step of its own must still not hand the caller's tensor back
-        x_bar = start.clone()
     count = start.shape[0]
     reached = [nodes[done]] * count
     status = [Status.SUCCESS if done == grid.steps else Status.STOPPED] * count
     outcome, other = solver.outcome(state), solver.second(state)
+    # A run that made no step of its own must still not hand the caller's tensors back.
+    if x_bar is start or x_bar is second:
+        x_bar = x_bar.clone()
+    if other is not None and (other is start or other is second):
+        other = other.clone()
     if outcome is not None:
         ends = zip(outcome.status, outcome.sigma, status, strict=True)
         reached = list(outcome.sigma)

@@ -445,6 +445,19 @@ def test_growth_of_the_coupling():
 # -- cost ---------------------------------------------------------------------------------------
 
 
+def test_a_run_never_hands_back_what_it_was_given(mixture):
+    field, images, latent = mixture
+    for solver in NAMED:
+        for steps in (1, 2):
+            grid = Grid.make("quadratic", LINEAR, steps)
+            for options in ({}, {"second": latent}):
+                run = integrate(field, images, grid.reversed(), solver, **options)
+                for out in (run.x_bar, run.second):
+                    given = {x.data_ptr() for x in (images, *options.values())}
+                    assert out.data_ptr() not in given, (solver.name, steps, list(options))
+                assert run.x_bar.data_ptr() != run.second.data_ptr()
+
+
 def test_the_second_state_costs_no_wait_on_a_device():
     grid = Grid.make("quadratic", LINEAR, 6)
     for solver in (*NAMED, *OTHERS):
