@@ -443,6 +443,24 @@ def test_growth_of_the_coupling():
 
 
 # -- cost ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("solver", [*NAMED, *OTHERS, get("mf-heun-edm")], ids=name)
+def test_calls_are_counted(mixture, solver):
+    field, images, latent = mixture
+    for steps in (1, 2, 7):
+        grid = Grid.make("quadratic", LINEAR, steps)
+        field.nfe = 0
+        down = sample(field, latent, grid=grid, solver=solver)
+        assert down.nfe == field.nfe == solver.calls(grid) == len(solver.stages(grid))
+        assert solver.calls(grid) == solver.nfe(steps)
+        field.nfe = 0
+        up = encode(field, images, grid=grid, solver=solver)
+        assert up.nfe == field.nfe == solver.calls(grid.reversed())
+        # Back by both states: a start is spared.
+        field.nfe = 0
+        back = sample(field, up.x, grid=grid, solver=solver, second=up.second)
+        spared = 0 if isinstance(solver, McCallumFoster) else 1
+        assert back.nfe == field.nfe == solver.calls(grid) - spared
+        assert sample(field, latent, nfe=down.nfe, grid="quadratic", solver=solver).nfe <= down.nfe
 
 
 def test_a_run_never_hands_back_what_it_was_given(mixture):
