@@ -470,3 +470,36 @@ def test_files_of_made_up_solvers(tmp_path, solver):
 
 def _mine(c: float) -> Clock:
     return replace(arctan(c), name="mine", origin=(_mine, c))
+
+
+def test_what_is_no_plain_data(tmp_path):
+    gaussian = Multistep(2, linear=Gaussian(torch.zeros(SHAPE), torch.tensor(0.3)), label="g2")
+    with pytest.raises(ValueError, match="a Gaussian cannot be written as plain data, for it holds tensors"):
+        to_config(gaussian)
+    code = Code.of(FIELD, encode(FIELD, IMAGES, steps=4, solver=gaussian), gaussian)
+    for ending in ENDINGS:
+        with pytest.raises(ValueError, match="a Gaussian cannot be written as plain data"):
+            code.save(tmp_path / f"c{ending}")
+    assert not list(tmp_path.iterdir())
+    assert decode(FIELD, code).success  # in memory it serves
+    own = Clock("own", lambda s: 2.0 * s, lambda u: 0.5 * u, lambda s: 0.5 * np.ones_like(s))
+    _mine.__name__ = "arctan"  # a clock's maker is told by what it is, not by what it is called
+    for solver, kind in ((_Own(), "_Own"), (TwoStep(clock=own), "Clock"), (TwoStep(clock=_mine(2.0)), "Clock")):
+        with pytest.raises(ValueError, match=f"a {kind} cannot be written as plain data"):
+            to_config(solver)
+
+
+def test_bad_configs():
+    for config, said in (
+        ({"kind": "Code"}, "'Code' is no solver of this version"),
+        ({}, "None is no solver of this version"),
+        ({"kind": ["TwoStep"]}, "is no solver of this version"),
+        ({"kind": "TwoStep", "gama": 1.0}, "has not these options"),
+        ({"kind": "RungeKutta"}, "has not these options"),
+        ({"kind": "clock", "name": "tan", "c": 1.0}, "is no solver of this version"),
+        ({"kind": "clock", "name": "flow", "c": -1.0}, "c of the clock flow must be a positive noise level"),
+        ({"kind": "TwoStep", "gamma": math.pi, "clock": "sigma"}, "gamma of BDIA"),
+        ({"kind": "McCallumFoster", "base": "ddim"}, "base must be a solver of fixed steps"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            from_config(config)
