@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ddim_ode.codes import Code
 from ddim_ode.field import EpsilonField
-from ddim_ode.grid import Grid
+from ddim_ode.grid import Grid, grids
 from ddim_ode.integrate import check_state, integrate, to_dtype
 from ddim_ode.metrics import mse
 from ddim_ode.schedule import whole
@@ -212,7 +212,12 @@ def check_code(field: EpsilonField, code: Code, *, force: bool = False, **option
     """What :func:`decode` would give :func:`sample` for a code; it refuses what :func:`decode` does."""
     named = {name: options[name] for name in _CHOICES if options.get(name) is not None}
     differ = code.differences(field)
-    solver, nodes = plan(field, "sample", *(named.get(name) for name in _CHOICES))
+    # What is not named is the code's own.
+    rule = code.grid.name if code.grid.name in grids() else None
+    chosen_grid = named.get("grid", rule if len(named) > ("solver" in named) else None)
+    solver, nodes = plan(
+        field, "sample", named.get("solver", code.solver), chosen_grid, named.get("steps"), named.get("nfe")
+    )
     if "solver" in named and solver.name != code.solver.name:
         differ.append(f"solver is {solver.name}, was {code.solver.name}")
     other_grid = len(named) > ("solver" in named) and not np.array_equal(nodes.sigmas, code.grid.sigmas[::-1])

@@ -405,6 +405,49 @@ def test_models_that_are_no_modules_cannot_be_told_apart():
     assert code.differences(EpsilonField.from_sigma(lambda x, s: x, LINEAR)) == ["shape is None, was [1, 2, 3]"]
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"solver": "ddim"}, "solver is ddim, was alf-flow"),
+        ({"grid": "quadratic", "steps": 4}, "the grid is <Grid quadratic.*, was <Grid flow-up"),
+        ({"steps": 5}, "the grid is <Grid flow-up: 5 steps.*, was <Grid flow-up: 4 steps"),
+        ({"nfe": 20}, "the grid is <Grid flow-up: 19 steps.*, was <Grid flow-up: 4 steps"),
+        ({"grid": [0.0, 1.0, 2.0]}, "the grid is <Grid explicit: 2 steps"),
+        ({"solver": "heun", "nfe": 8, "grid": "karras"}, "solver is heun, was alf-flow; the grid is <Grid karras: 4"),
+    ],
+    ids=str,
+)
+def test_another_solver_or_grid_is_refused(code, options, said):
+    FIELD.nfe = 0
+    with pytest.raises(ValueError, match=f"this code was made otherwise: {said}"):
+        decode(FIELD, code, **options)
+    assert FIELD.nfe == 0
+    forced = decode(FIELD, code, force=True, **options)
+    named = options.get("solver", "alf-flow")
+    assert forced.solver == named
+    # What is not named stays the code's own, and a second state of another pair of solver and grid is not used.
+    grid = {"grid": code.grid} if options.keys() == {"solver"} else {"grid": "flow-up"} | options
+    bits(forced.x, sample(FIELD, code.latent, **(grid | {"solver": named})).x)
+
+
+def test_the_same_solver_and_grid_may_be_said_again(code):
+    plain = decode(FIELD, code).x
+    for options in (
+        {"solver": "alf-flow"},
+        {"grid": code.grid},
+        {"grid": code.grid.sigmas.tolist()},
+        {"steps": 4},
+        {"nfe": 5},
+        {"grid": "flow-up", "steps": 4, "solver": "alf-flow"},
+        {"steps": None, "solver": None},
+    ):
+        bits(decode(FIELD, code, **options).x, plain)
+    torch.testing.assert_close(plain, IMAGES, rtol=0.0, atol=1e-12)
+    torch.testing.assert_close(decode(FIELD, code, dtype=torch.float32).x, IMAGES.float(), rtol=0.0, atol=1e-5)
+    with pytest.raises(ValueError, match="force is for codes"):
+        decode(FIELD, code.latent, force=True)
+
+
 def test_codes_are_made_of_encodings():
     run = encode(FIELD, IMAGES, steps=4, solver=TwoStep(clock=arctan(0.3)))
     with pytest.raises(ValueError, match=r"made by o-belm-arctan\(0\.3\), which no name stands for: say it, solver="):
