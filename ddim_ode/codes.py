@@ -7,6 +7,7 @@ the same nodes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zlib
@@ -18,11 +19,11 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 import ddim_ode
-from ddim_ode.field import EpsilonField
+from ddim_ode.field import EpsilonField, digest
 from ddim_ode.files import replacing
 from ddim_ode.grid import Grid
 from ddim_ode.schedule import NoiseSchedule
@@ -96,7 +97,14 @@ class Code:
         """
         if not run.grid.encoding:
             raise ValueError(f"a code is made of an encoding run, but this one goes down: {run.grid!r}")
-        method = get(run.solver if solver is None else solver)
+        try:
+            method = get(run.solver if solver is None else solver)
+        except ValueError as error:
+            if solver is not None:
+                raise
+            raise ValueError(
+                f"the run was made by {run.solver}, which no name stands for: say it, solver=..."
+            ) from error
         if method.name != run.solver:
             raise ValueError(f"the run was made by {run.solver}, but solver is {method.name}")
         return Code(run.x, run.second, method, run.grid, field.describe(), run.status, ddim_ode.__version__)
@@ -120,7 +128,9 @@ class Code:
         Raises
         ------
         ValueError
-            If the ending is another, or the solver cannot be written down.
+            If the ending is another, the file's kind does not hold the latents' dtype, or the solver cannot be written down.
+        OSError
+            If the file cannot be written.
         """
         path = Path(path)
         about = {
@@ -138,11 +148,17 @@ class Code:
         if self.second is not None:
             arrays["second"] = self.second.detach().cpu().contiguous()
         arrays["sigmas"] = torch.from_numpy(self.grid.sigmas.copy())
-        text = json.dumps(about)
+        # A .safetensors file has no checksum of its own.
+        text = json.dumps(about | {"sha256": _sum(about, arrays)})
         if path.suffix == ".safetensors":
             with replacing(path) as temporary:
-                save_file(arrays, temporary, {_KEY: text})
+                # Not by save_file: its files are for their owner's eyes alone, and its errors no OSError.
+                temporary.write_bytes(save(arrays, {_KEY: text}))
         elif path.suffix == ".npz":
+            if self.latent.dtype == torch.bfloat16:
+                raise ValueError(
+                    f"an .npz file does not hold bfloat16, as the latents are: write {path} as .safetensors"
+                )
             with replacing(path) as temporary, open(temporary, "wb") as file:
                 parts: dict[str, Any] = {name: x.numpy() for name, x in arrays.items()}
                 np.savez(file, **(parts | {_KEY: np.array(text)}))
@@ -172,7 +188,7 @@ def load_code(path: str | os.PathLike[str], device: torch.device | str = "cpu") 
     FileNotFoundError
         If nothing is there.
     ValueError
-        If it is not a code, is cut short, lacks its second state, or was written by a later version.
+        If it is not a code, is cut short or damaged, lacks its second state, or was written by a later version.
     """
     path = Path(path)
     if not path.is_file():
@@ -186,10 +202,14 @@ def load_code(path: str | os.PathLike[str], device: torch.device | str = "cpu") 
         schedule = NoiseSchedule.from_config(about["schedule"])
         grid = Grid(arrays["sigmas"].numpy(), schedule, about["grid"])
         status = tuple(Status[name] for name in about["status"])
-        model, version = about["model"], about["version"]
+        model, version = dict(about["model"]), str(about["version"])
+        if not isinstance(solver, Solver):
+            raise ValueError(f"its solver is {solver!r}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} does not say how to decode it: {error}") from error
     latent, second = arrays["latent"], arrays.get("second")
+    if latent.ndim < 2 or not latent.is_floating_point():
+        raise ValueError(f"{path} holds no latents, but {latent.dtype} of shape {tuple(latent.shape)}")
     if second is not None and second.shape != latent.shape:
         raise ValueError(
             f"{path} holds latents of shape {tuple(latent.shape)} with second states of {tuple(second.shape)}"
@@ -201,6 +221,9 @@ def load_code(path: str | os.PathLike[str], device: torch.device | str = "cpu") 
             f"{path} lacks the second state that {solver.name} keeps, and cannot be decoded exactly without: encode the images "
             "again, or decode its latents alone"
         )
+    said = about.pop("sha256", None)
+    if said != _sum(about, arrays):
+        raise ValueError(f"{path} is damaged: what it holds is not what was written")
     place = lambda x: None if x is None else x.to(device)
     return Code(latent.to(device), place(second), solver, grid, model, status, version)
 
@@ -214,20 +237,25 @@ def _read(path: Path, about_only: bool = False) -> tuple[dict[str, Any], dict[st
                 names = () if about_only else file.keys()
                 arrays = {name: file.get_tensor(name) for name in names}
         else:
-            with np.load(path, allow_pickle=False) as file:
-                if not hasattr(file, "files"):
+            # Opened here: numpy leaves open what it cannot read.
+            with open(path, "rb") as opened:
+                file = np.load(opened, allow_pickle=False)
+                if isinstance(file, np.ndarray):
                     raise ValueError("it is a single array")
                 text = str(file[_KEY]) if _KEY in file.files else None
                 names = () if about_only else file.files
                 arrays = {name: torch.from_numpy(file[name]) for name in names if name != _KEY}
-    except (OSError, EOFError, KeyError, TypeError, ValueError, BadZipFile, zlib.error, SafetensorError) as error:
+    except (
+        OSError, EOFError, KeyError, TypeError, ValueError, MemoryError, BadZipFile, zlib.error, SafetensorError,
+        RuntimeError,  # of zipfile, for what is encrypted or in a way it does not know
+    ) as error:  # fmt: skip
         raise ValueError(f"{path} cannot be read as a code: {error}") from error
     if text is None:
         raise ValueError(f"{path} is not a code: it does not say how it was made")
     try:
         about = json.loads(text)
         layout = int(about["format"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a code: what it says of itself cannot be read ({error})") from error
     if layout > FORMAT:
         raise ValueError(
@@ -235,6 +263,10 @@ def _read(path: Path, about_only: bool = False) -> tuple[dict[str, Any], dict[st
             f"{FORMAT}: upgrade"
         )
     return about, arrays
+
+
+def _sum(about: dict[str, Any], arrays: dict[str, Tensor]) -> str:
+    return hashlib.sha256((json.dumps(about) + digest(arrays)).encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:

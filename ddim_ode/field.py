@@ -366,7 +366,7 @@ class EpsilonField:
         """
         given = {"condition": self.condition, "null_condition": self.null_condition}
         return {
-            "weights": _digest(self.model.state_dict()) if isinstance(self.model, nn.Module) else None,
+            "weights": digest(self.model.state_dict()) if isinstance(self.model, nn.Module) else None,
             "shape": None if self.shape is None else list(self.shape),
             "prediction": self.prediction,
             "coordinates": self.coordinates,
@@ -374,7 +374,7 @@ class EpsilonField:
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
             "autocast": None if self.autocast is None else str(self.autocast).removeprefix("torch."),
             "guidance_scale": self.guidance_scale,
-            "condition": _digest({name: x for name, x in given.items() if x is not None})
+            "condition": digest({name: x for name, x in given.items() if x is not None})
             if any(x is not None for x in given.values())
             else None,
             "schedule": hashlib.sha256(repr(sorted(self.schedule.config.items())).encode()).hexdigest()[:16],
@@ -557,7 +557,7 @@ class EpsilonField:
         return evaluate
 
 
-def _digest(tensors: Mapping[str, Any]) -> str:
+def digest(tensors: Mapping[str, Any]) -> str:
     """SHA-256 of named tensors: names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name in sorted(tensors):

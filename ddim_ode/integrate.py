@@ -212,12 +212,15 @@ def _run(
             break
 
     calls = evaluate.calls
-    if x_bar is start:  # a run that made no step of its own must still not hand the caller's tensor back
-        x_bar = start.clone()
     count = start.shape[0]
     reached = [nodes[done]] * count
     status = [Status.SUCCESS if done == grid.steps else Status.STOPPED] * count
     outcome, other = solver.outcome(state), solver.second(state)
+    # A run that made no step of its own must still not hand the caller's tensors back.
+    if x_bar is start or x_bar is second:
+        x_bar = x_bar.clone()
+    if other is not None and (other is start or other is second):
+        other = other.clone()
     if outcome is not None:
         ends = zip(outcome.status, outcome.sigma, status, strict=True)
         reached = list(outcome.sigma)
@@ -229,13 +232,13 @@ def _run(
             x_bar = x_bar.clone()
             with torch.no_grad():
                 with_ = None if second is None else second[failed]
-                last, sigmas, kept_second = _last_finite(
+                last, sigmas, last_second = _last_finite(
                     field, start[failed], with_, grid, solver, done, _subset(rows, failed)
                 )
             x_bar[failed] = last
-            if other is not None and kept_second is not None:
+            if other is not None:
                 other = other.clone()
-                other[failed] = kept_second
+                other[failed] = last_second
             for i, sigma in zip(failed.tolist(), sigmas, strict=True):
                 reached[i], status[i] = sigma, Status.NONFINITE
     kept = None if states is None else torch.stack(states)
@@ -306,12 +309,13 @@ def _last_finite(
     solver: Solver,
     steps: int,
     rows: slice | Tensor | None,
-) -> tuple[Tensor, list[float], Tensor | None]:
+) -> tuple[Tensor, list[float], Tensor]:
     """Run failed samples again, watching each step: their last finite states, the σ of those, and the second states there."""
     evaluate = field.bind(start, solver.stages(grid), rows)
     x_bar, state = start, _begin(solver, evaluate, start, second, grid)
     good, other = start.clone(), solver.second(state)
-    beside = None if other is None else other.clone()
+    # A method may have a second state only once it has made a step; one that is not finite at once is none either.
+    beside = torch.zeros_like(good) if other is None else other.nan_to_num(0.0, 0.0, 0.0)
     alive = torch.ones(start.shape[0], dtype=torch.bool, device=start.device)
     node = torch.zeros(start.shape[0], dtype=torch.int64, device=start.device)
     # Not the last step: these samples are known to have failed by its end.
@@ -324,7 +328,7 @@ def _last_finite(
         if not bool(alive.any()):
             break
         good[alive] = x_bar[alive]
-        if beside is not None and other is not None:
+        if other is not None:
             beside[alive] = other[alive]
         node[alive] = n + 1
     return good, [float(grid.sigmas[i]) for i in node.tolist()], beside

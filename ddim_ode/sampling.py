@@ -213,13 +213,17 @@ def check_code(field: EpsilonField, code: Code, *, force: bool = False, **option
     """What :func:`decode` would give :func:`sample` for a code; it refuses what :func:`decode` does."""
     named = {name: options[name] for name in _CHOICES if options.get(name) is not None}
     differ = code.differences(field)
-    solver, nodes = plan(field, "sample", *(named.get(name) for name in _CHOICES))
-    if "solver" not in named and len(named) and code.grid.name in grids():
-        # The budget that the code was made with is no other grid.
-        rule = named.get("grid", code.grid.name)
+    # What is not named is the code's own.
+    rule = code.grid.name if code.grid.name in grids() else None
+    chosen_grid = named.get("grid", rule if len(named) > ("solver" in named) else None)
+    solver, nodes = plan(
+        field, "sample", named.get("solver", code.solver), chosen_grid, named.get("steps"), named.get("nfe")
+    )
+    if "solver" not in named and len(named) and rule is not None:
+        # Up from σ = 0 the same budget may pay for a step less or more.
         with suppress(ValueError):
-            again = plan(field, "encode", code.solver, rule, named.get("steps"), named.get("nfe"))[1]
-            nodes = again.reversed() if np.array_equal(again.sigmas, code.grid.sigmas) else nodes
+            up = plan(field, "encode", code.solver, chosen_grid, named.get("steps"), named.get("nfe"))[1]
+            nodes = up.reversed() if np.array_equal(up.sigmas, code.grid.sigmas) else nodes
     if "solver" in named and solver.name != code.solver.name:
         differ.append(f"solver is {solver.name}, was {code.solver.name}")
     other_grid = len(named) > ("solver" in named) and not np.array_equal(nodes.sigmas, code.grid.sigmas[::-1])

@@ -43,8 +43,10 @@ def to_config(solver: Any) -> Any:
     for name, part in _PARTS.items():
         if solver is part:
             return {"kind": name}
-    if isinstance(solver, base.Clock) and solver.origin is not None and solver.origin[0].__name__ in _CLOCKS:
-        return {"kind": "clock", "name": solver.origin[0].__name__, "c": solver.origin[1]}
+    if isinstance(solver, base.Clock) and solver.origin is not None:
+        for name, make in _CLOCKS.items():
+            if solver.origin[0] is make:
+                return {"kind": "clock", "name": name, "c": solver.origin[1]}
     name = type(solver).__name__
     if _CLASSES.get(name) is not type(solver):
         raise ValueError(
@@ -67,9 +69,9 @@ def from_config(config: Any) -> Any:
         return config
     rest = dict(config)
     kind = rest.pop("kind", None)
-    if kind in _PARTS:
-        return _PARTS[kind]
     try:
+        if kind in _PARTS:
+            return _PARTS[kind]
         if kind == "clock":
             return _CLOCKS[rest["name"]](rest["c"])
         return _CLASSES[kind](**{name: from_config(value) for name, value in rest.items()})

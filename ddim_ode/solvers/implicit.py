@@ -284,9 +284,11 @@ class Inverse(_Implicit):
 
     Notes
     -----
-    The equation may have several solutions where the data have several modes, and where their spread is far below σ it is
-    nearly singular: a decoder that sends every latent to one point has no inverse. ``Solution.outcome`` tells the
-    residual and the contraction, sample by sample.
+    The step of ``ddim`` is :math:`\frac{\sigma'}{\sigma} \bar x + (1 - \frac{\sigma'}{\sigma}) E[x_0 | \bar x]`. For an exact
+    ε both parts are gradients of convex functions, so that no two states are sent to one, whatever the contraction; those of
+    a network or of other methods may have several solutions. There may be none, for an image that no latent leads to, and
+    where the data's spread is far below σ the equation is nearly singular. ``Solution.outcome`` tells the residual and the
+    contraction, sample by sample.
     """
 
     base: Solver
@@ -328,7 +330,8 @@ class Inverse(_Implicit):
     def init(self, field: Field, x_bar: Tensor, grid: Grid) -> Any:
         if not grid.encoding:
             return self.base.init(field, x_bar, grid), None
-        plans = tuple(self.base.init(field, x_bar, step) for step in self._steps(grid))
+        # A step down to σ = 0 may cost less than others.
+        plans = tuple((self.base.init(field, x_bar, step), self.base.calls(step)) for step in self._steps(grid))
         return self._empty(plans, x_bar, grid), tuple(grid.sigmas.tolist())
 
     def outcome(self, state: Any) -> Outcome | None:
@@ -339,7 +342,7 @@ class Inverse(_Implicit):
         if nodes is None:
             moved, own, error = self.base.step(field, x_bar, n, own)
             return moved, (own, None), error
-        plan = own.plan[n]
+        plan, cost = own.plan[n]
         g = lambda y: y + (x_bar - self.base.step(field, y, 0, plan)[0])
-        moved, own = self._solve(g, x_bar, x_bar, (nodes[n], nodes[n + 1]), own, self.base.nfe_per_step)
+        moved, own = self._solve(g, x_bar, x_bar, (nodes[n], nodes[n + 1]), own, cost)
         return moved, (own, nodes), None

@@ -264,7 +264,7 @@ class McCallumFoster(Solver):
         return sum(self.base.calls(step) for step in (*up, *down))
 
     def nfe(self, steps: int) -> int:
-        return steps * self.nfe_per_step
+        return 2 * self.base.nfe(steps)
 
     def growth(self, grid: Grid) -> float:
         return 1.0 if grid.encoding else self.zeta**-grid.steps
