@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -213,17 +212,13 @@ def check_code(field: EpsilonField, code: Code, *, force: bool = False, **option
     """What :func:`decode` would give :func:`sample` for a code; it refuses what :func:`decode` does."""
     named = {name: options[name] for name in _CHOICES if options.get(name) is not None}
     differ = code.differences(field)
-    # What is not named is the code's own.
+    # What is not named is the code's own, and a budget is counted on the way up, as it was when the code was made.
     rule = code.grid.name if code.grid.name in grids() else None
     chosen_grid = named.get("grid", rule if len(named) > ("solver" in named) else None)
     solver, nodes = plan(
-        field, "sample", named.get("solver", code.solver), chosen_grid, named.get("steps"), named.get("nfe")
+        field, "encode", named.get("solver", code.solver), chosen_grid, named.get("steps"), named.get("nfe")
     )
-    if "solver" not in named and len(named) and rule is not None:
-        # Up from σ = 0 the same budget may pay for a step less or more.
-        with suppress(ValueError):
-            up = plan(field, "encode", code.solver, chosen_grid, named.get("steps"), named.get("nfe"))[1]
-            nodes = up.reversed() if np.array_equal(up.sigmas, code.grid.sigmas) else nodes
+    nodes = nodes.reversed()
     if "solver" in named and solver.name != code.solver.name:
         differ.append(f"solver is {solver.name}, was {code.solver.name}")
     other_grid = len(named) > ("solver" in named) and not np.array_equal(nodes.sigmas, code.grid.sigmas[::-1])
