@@ -65,6 +65,7 @@ _FAILURES = {
     Status.NONFINITE: "non-finite",
     Status.MAX_STEPS: "max_steps reached",
     Status.STALLED: "steps too small to go on",
+    Status.UNCONVERGED: "equations not solved to their tolerance",
 }
 _DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -226,7 +227,7 @@ def _code_options(o: argparse.Namespace) -> dict[str, Any]:
     """What is asked of a code's decoding besides what it says itself."""
     if o.batch_size is not None:
         _whole(o.batch_size, "--batch-size")
-    return {"nfe": o.nfe, "solver": _toleranced(o), "grid": o.grid, "batch_size": o.batch_size}
+    return {"steps": o.steps, "nfe": o.nfe, "solver": _toleranced(o), "grid": o.grid, "batch_size": o.batch_size}
 
 
 def _encode(o: argparse.Namespace) -> int:
@@ -353,7 +354,7 @@ def _print_reconstruction(record: dict[str, Any]) -> None:
         print(f"  {name:<30}" + "".join(f"{cell:>11}" for cell in cells))
     pairs = [name for name in names if any(row["growth"] for row in rows if row["solver"] == name)]
     if pairs:
-        print(f"\n{'Rounding may grow by, up / down':<32}" + "".join(f"{n:>18}" for n in budgets))
+        print(f"\n{'Growth of a pair as h → 0, up/down':<34}" + "".join(f"{n:>18}" for n in budgets))
         for name in pairs:
             grown = [row["growth"] for row in rows if row["solver"] == name]
             print(f"  {name:<30}" + "".join(f"{'–' if g is None else f'{g[0]:.1e}/{g[1]:.1e}':>18}" for g in grown))
@@ -615,7 +616,7 @@ def _latents(o: argparse.Namespace) -> int:
     if o.latent is not None:
         if o.images is not None:
             raise ValueError("--latent and --images are two things to judge: give one of them")
-        latent = _read_latent(o).to(_device(o.device))
+        latent = _read_latent(o, whole=True).to(_device(o.device))
         out = _folder(o, o.out)
         record: dict[str, Any] = {"command": o.command, "latent": o.latent} | circumstances()
     else:
@@ -754,8 +755,9 @@ def _run_options(o: argparse.Namespace, field: EpsilonField, *directions: str) -
             f"--grid {o.grid} lays out steps, but {solver.name} chooses its own by its tolerances: leave one of them out"
         )
     for direction in directions:
-        plan(field, direction, solver, o.grid, None, o.nfe)
+        plan(field, direction, solver, o.grid, o.steps, o.nfe)
     return {
+        "steps": o.steps,
         "nfe": o.nfe,
         "solver": solver,
         "grid": o.grid,
@@ -812,9 +814,11 @@ def _latent(o: argparse.Namespace, field: EpsilonField) -> Tensor:
     return latent.to(field.device or "cpu")
 
 
-def _read_latent(o: argparse.Namespace) -> Tensor:
-    if Path(o.latent).suffix == ".safetensors":
-        return load_code(o.latent).latent
+def _read_latent(o: argparse.Namespace, whole: bool = False) -> Tensor:
+    """The latents of a file; `whole`: NaN in place of a code's that failed."""
+    if Path(o.latent).is_file() and is_code(o.latent):
+        code = load_code(o.latent)
+        return _without(code.latent, code.status) if whole else code.latent
     latent = data.read_array(o.latent)
     if latent.dtype.kind != "f":
         raise ValueError(f"{o.latent} must hold float latents, but its dtype is {latent.dtype}: is it an image?")
@@ -822,7 +826,10 @@ def _read_latent(o: argparse.Namespace) -> Tensor:
 
 
 def _dataset(o: argparse.Namespace) -> Any:
-    return data.to_uint8(data.as_tensor(datasets.images(o.data, data_range=_range(o.data_range))))
+    images = datasets.images(o.data, data_range=_range(o.data_range))
+    if not np.isfinite(images).all():
+        raise ValueError(f"{o.data} holds images with NaN or infinity among them: leave them out before training")
+    return data.to_uint8(data.as_tensor(images))
 
 
 def _range(text: str | None) -> tuple[float, float] | None:
@@ -882,9 +889,11 @@ def _record(o: argparse.Namespace, field: EpsilonField, runs: dict[str, Solution
         record[what] = {"solver": run.solver, "grid": run.grid.name, "steps": run.grid.steps, "nfe": run.nfe}
         if run.outcome is not None:
             record[what] |= {name: getattr(run.outcome, name) for name in ("accepted", "rejected")}
-            ran = _toleranced(o)
             record[what] |= {"sample_nfe": run.outcome.nfe}
-            record[what] |= {name: getattr(ran, name) for name in ("rtol", "atol")}
+            own = {name: getattr(run.outcome, name) for name in ("residual", "contraction")}
+            record[what] |= {name: value for name, value in own.items() if value is not None}
+            ran = _toleranced(o)  # a code brings its solver, and none is named
+            record[what] |= {name: getattr(ran, name) for name in ("rtol", "atol", "tol") if hasattr(ran, name)}
     return record | circumstances(field, _DTYPES[o.dtype])
 
 
@@ -918,8 +927,12 @@ def _failures(runs: dict[str, Solution]) -> int:
 
 def _encoded(run: Solution) -> Tensor:
     """The latents of a run, NaN where it failed: a state on its way is no latent."""
-    failed = torch.tensor([s is not Status.SUCCESS for s in run.status], device=run.x.device)
-    return run.x.masked_fill(failed.reshape(-1, *(1,) * (run.x.ndim - 1)), math.nan)
+    return _without(run.x, run.status)
+
+
+def _without(latent: Tensor, status: Sequence[Status]) -> Tensor:
+    failed = torch.tensor([s not in (Status.SUCCESS, Status.UNCONVERGED) for s in status], device=latent.device)
+    return latent.masked_fill(failed.reshape(-1, *(1,) * (latent.ndim - 1)), math.nan)
 
 
 def _split(text: str) -> list[str]:
@@ -982,9 +995,10 @@ def _parser() -> argparse.ArgumentParser:
         )
         p.add_argument(
             "--grid",
-            help=f"one of {', '.join(grids())} (default: with no solver named, {DEFAULTS['sample'].grid}; else {GRID})",
+            help=f"one of {', '.join(grids())} ({DEFAULTS['sample'].grid}, encoding {DEFAULTS['encode'].grid}; with a solver {GRID})",
         )
         p.add_argument("--nfe", type=int, help="budget of model calls, each way (default: 50)")
+        p.add_argument("--steps", type=int, help="steps instead, each way: what solvers that iterate take")
         p.add_argument(
             "--rtol",
             type=float,

@@ -93,10 +93,12 @@ class Code:
         Raises
         ------
         ValueError
-            If the run is no encoding, or the solver is not the one that made it.
+            If the run is no encoding or was stopped, or the solver is not the one that made it.
         """
         if not run.grid.encoding:
             raise ValueError(f"a code is made of an encoding run, but this one goes down: {run.grid!r}")
+        if Status.STOPPED in run.status:
+            raise ValueError("a code is made of a whole run, but a callback stopped this one on its way")
         try:
             method = get(run.solver if solver is None else solver)
         except ValueError as error:
@@ -115,7 +117,7 @@ class Code:
         out = []
         for name in dict.fromkeys((*own, *other)):
             a, b = own.get(name), other.get(name)
-            if a == b or (name == "weights" and None in (a, b)):
+            if a == b or (name in ("weights", "shape") and None in (a, b)):
                 continue
             if name == "weights":
                 a, b = f"{str(a)[:12]}…", f"{str(b)[:12]}…"
@@ -172,12 +174,14 @@ class Code:
 
 
 def is_code(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a code, rather than an array of latents; a file that cannot be read is not."""
+    """Whether a file calls itself a code, whatever :func:`load_code` may find wrong with it, rather than an array of latents."""
+    if Path(path).suffix == ".safetensors":
+        return True
     try:
-        _read(Path(path), about_only=True)
-    except (ValueError, OSError):
-        return Path(path).suffix == ".safetensors"
-    return True
+        with open(path, "rb") as opened:
+            return _KEY in getattr(np.load(opened, allow_pickle=False), "files", ())
+    except (OSError, EOFError, ValueError, BadZipFile, RuntimeError):
+        return False
 
 
 def load_code(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Code:
@@ -228,14 +232,13 @@ def load_code(path: str | os.PathLike[str], device: torch.device | str = "cpu") 
     return Code(latent.to(device), place(second), solver, grid, model, status, version)
 
 
-def _read(path: Path, about_only: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     arrays: dict[str, Tensor] = {}
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 text = (file.metadata() or {}).get(_KEY)
-                names = () if about_only else file.keys()
-                arrays = {name: file.get_tensor(name) for name in names}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
         else:
             # Opened here: numpy leaves open what it cannot read.
             with open(path, "rb") as opened:
@@ -243,8 +246,7 @@ def _read(path: Path, about_only: bool = False) -> tuple[dict[str, Any], dict[st
                 if isinstance(file, np.ndarray):
                     raise ValueError("it is a single array")
                 text = str(file[_KEY]) if _KEY in file.files else None
-                names = () if about_only else file.files
-                arrays = {name: torch.from_numpy(file[name]) for name in names if name != _KEY}
+                arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != _KEY}
     except (
         OSError, EOFError, KeyError, TypeError, ValueError, MemoryError, BadZipFile, zlib.error, SafetensorError,
         RuntimeError,  # of zipfile, for what is encrypted or in a way it does not know

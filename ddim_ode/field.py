@@ -366,7 +366,7 @@ class EpsilonField:
         """
         given = {"condition": self.condition, "null_condition": self.null_condition}
         return {
-            "weights": digest(self.model.state_dict()) if isinstance(self.model, nn.Module) else None,
+            "weights": digest(_bare(self.model).state_dict()) if isinstance(self.model, nn.Module) else None,
             "shape": None if self.shape is None else list(self.shape),
             "prediction": self.prediction,
             "coordinates": self.coordinates,
@@ -555,6 +555,15 @@ class EpsilonField:
             return out if plain else a * x_bar + b * out
 
         return evaluate
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The module that torch.compile or DistributedDataParallel has wrapped: the weights are its own."""
+    for name in ("_orig_mod", "module"):
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module) and len(list(model.children())) == 1:
+            return _bare(inner)
+    return model
 
 
 def digest(tensors: Mapping[str, Any]) -> str:

@@ -152,11 +152,12 @@ def reconstruct(
     Returns
     -------
     Reconstruction
-        A row has ``solver``, ``nfe`` (the budget), ``steps``, ``encode_calls``, ``decode_calls``, ``states``; means over images
+        A row has ``solver``, ``nfe`` (the budget), ``steps``, ``grid``, ``encode_calls``, ``decode_calls``, ``states``; means over images
         ``latent_rms``, ``decode_rms`` (root mean squares over images and dimensions, in x), ``round_trip_mse``, ``alone_mse``,
         ``float32_mse`` (on [0, 1]); ``each``, the same for every image; ``growth``, what a rounding error may grow to each
         way; ``residual`` and ``contraction`` of methods that iterate; ``failed``, the images that failed, which the means leave
-        out; ``seconds``. A budget below one step gives a row of nulls.
+        out, and ``unconverged``, those that an iteration did not finish, which they do not; ``seconds``. A budget below one
+        step gives a row of nulls.
 
     Raises
     ------
@@ -175,6 +176,8 @@ def reconstruct(
         for budget in budgets:
             if _affordable(solver, budget):
                 _plan(evaluate, name, solver, grid, budget)
+    if not any(_affordable(solver, budget) for solver in methods.values() for budget in budgets):
+        raise ValueError(f"no budget of {', '.join(map(str, budgets))} calls pays for one step of {', '.join(methods)}")
     if exact is None:
         advance("reference")
         exact, _ = reference_latents(evaluate, images, batch_size=batch_size, data_range=data_range)
@@ -213,8 +216,8 @@ def reconstruct(
 
 
 _MEASURED = (
-    "steps", "encode_calls", "decode_calls", "states", "latent_rms", "decode_rms", "round_trip_mse", "alone_mse", "float32_mse",
-    "each", "growth", "residual", "contraction", "failed", "seconds",
+    "steps", "grid", "encode_calls", "decode_calls", "states", "latent_rms", "decode_rms", "round_trip_mse", "alone_mse", "float32_mse",
+    "each", "growth", "residual", "contraction", "failed", "unconverged", "seconds",
 )  # fmt: skip
 
 
@@ -223,7 +226,9 @@ def _unit(solver: Solver | None) -> str:
 
 
 def _affordable(solver: Solver | None, nfe: int) -> bool:
-    return solver is None or not solver.budgeted or solver.nfe(1) <= nfe
+    if solver is None:
+        return all(get(default.solver).nfe(1) <= nfe for default in DEFAULTS.values())
+    return not solver.budgeted or solver.nfe(1) <= nfe
 
 
 def _plan(

@@ -212,16 +212,15 @@ def check_code(field: EpsilonField, code: Code, *, force: bool = False, **option
     """What :func:`decode` would give :func:`sample` for a code; it refuses what :func:`decode` does."""
     named = {name: options[name] for name in _CHOICES if options.get(name) is not None}
     differ = code.differences(field)
-    # What is not named is the code's own, and a budget is counted on the way up, as it was when the code was made.
-    rule = code.grid.name if code.grid.name in grids() else None
-    chosen_grid = named.get("grid", rule if len(named) > ("solver" in named) else None)
-    solver, nodes = plan(
-        field, "encode", named.get("solver", code.solver), chosen_grid, named.get("steps"), named.get("nfe")
-    )
+    solver, nodes = get(named.get("solver", code.solver)), code.grid
+    if named.keys() - {"solver"}:
+        # What is not named is the code's own, and a budget is counted on the way up, as it was when the code was made.
+        rule = named.get("grid", code.grid.name if code.grid.name in grids() else None)
+        nodes = plan(field, "encode", solver, rule, named.get("steps"), named.get("nfe"))[1]
     nodes = nodes.reversed()
     if "solver" in named and solver.name != code.solver.name:
         differ.append(f"solver is {solver.name}, was {code.solver.name}")
-    other_grid = len(named) > ("solver" in named) and not np.array_equal(nodes.sigmas, code.grid.sigmas[::-1])
+    other_grid = not np.array_equal(nodes.sigmas, code.grid.sigmas[::-1])
     if other_grid:
         differ.append(f"the grid is {nodes!r}, was {code.grid!r} the other way")
     if differ and not force:
@@ -314,8 +313,23 @@ def _fail(run: Solution, which: list[int]) -> Solution:
         status[i], sigma[i] = Status.NONFINITE, float(run.grid.sigmas[0])
     outcome = None if run.outcome is None else replace(run.outcome, status=tuple(status), sigma=tuple(sigma))
     at = torch.tensor(which, device=run.x_bar.device)
+    lost = lambda x, dim, value: None if x is None else x.index_fill(dim, at.to(x.device), value)
+    pieces, first = [], 0
+    for piece in run.dense:
+        own = [i - first for i in which if 0 <= i - first < piece.x_bar.shape[1]]
+        first += piece.x_bar.shape[1]
+        inside = torch.tensor(own, dtype=torch.int64, device=piece.x_bar.device)
+        pieces.append(replace(piece, x_bar=piece.x_bar.index_fill(1, inside, math.nan)))
     return replace(
-        run, status=tuple(status), sigma=tuple(sigma), outcome=outcome, x_bar=run.x_bar.index_fill(0, at, 0.0)
+        run,
+        status=tuple(status),
+        sigma=tuple(sigma),
+        outcome=outcome,
+        x_bar=run.x_bar.index_fill(0, at, 0.0),
+        second=lost(run.second, 0, 0.0),
+        trajectory=lost(run.trajectory, 1, math.nan),
+        saved=lost(run.saved, 1, math.nan),
+        dense=tuple(pieces),
     )
 
 
@@ -413,7 +427,10 @@ def round_trip(
             }
         back = sample(field, there.x, **options)
     error = mse(images.detach(), back.x, data_range or (-1.0, 1.0))
-    lost = [i for i, pair in enumerate(zip(there.status, back.status, strict=True)) if any(pair)]
+    # What an iteration left unsolved is a result like others.
+    fine = (Status.SUCCESS, Status.UNCONVERGED)
+    pairs = zip(there.status, back.status, strict=True)
+    lost = [i for i, pair in enumerate(pairs) if any(status not in fine for status in pair)]
     if lost:
         error[lost] = math.nan
     return RoundTrip(there, back, error)

@@ -43,6 +43,7 @@ from ddim_ode import (
     sample,
     solvers,
 )
+from ddim_ode.cli import main
 from ddim_ode.codes import FORMAT, is_code
 from ddim_ode.models.analytic import GaussianEpsilon
 from ddim_ode.sampling import LatentWarning
@@ -546,3 +547,26 @@ def test_bad_configs():
     ):
         with pytest.raises(ValueError, match=said):
             from_config(config)
+
+
+def test_a_newer_npz_is_no_bare_latent(tmp_path, capsys):
+    """A file that calls itself a code is one, whatever is wrong with it."""
+    field = ddim_ode.load("fashion-mnist")
+    images = ddim_ode.data.as_tensor(ddim_ode.data.bundled_images()[:1])
+    ddim_ode.Code.of(field, ddim_ode.encode(field, images, nfe=4)).save(tmp_path / "c.npz")
+    with np.load(tmp_path / "c.npz") as file:
+        parts = dict(file)
+    about = json.loads(str(parts["ddim_ode"])) | {"format": 99}
+    np.savez(tmp_path / "c.npz", **(parts | {"ddim_ode": np.array(json.dumps(about))}))
+    for command in (["decode"], ["sample"], ["latents"]):
+        out = ["--out", str(tmp_path / ("o.png" if command != ["latents"] else "o"))]
+        assert main([*command, "--latent", str(tmp_path / "c.npz"), *out]) == 2
+        assert "upgrade" in capsys.readouterr().err
+
+
+def test_a_schedule_of_few_times_decodes_its_codes():
+    schedule = NoiseSchedule.linear(T=10)
+    field = EpsilonField.from_sigma(lambda x, s: x * (s / (1.0 + s * s)), schedule, shape=(2,))
+    data = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
+    code = ddim_ode.Code.of(field, ddim_ode.encode(field, data, steps=5))
+    assert float((ddim_ode.decode(field, code).x - data).abs().max()) < 1e-12

@@ -130,3 +130,24 @@ def test_flow_up_is_flow_with_numbers_of_its_own():
     grid = Grid.make("flow-up", LINEAR, 9)
     other = Grid.make("flow", LINEAR, 9, c=0.36 * 3.0, rho=2.1)
     assert grid.sigmas.tolist() == other.sigmas.tolist()
+
+
+def test_nothing_of_a_neighbour_stands_in_for_an_image_that_failed():
+    spoilt = IMAGES.clone()
+    spoilt[1, 0, 0, 0] = torch.inf
+    run = ddim_ode.encode(
+        FIELD, spoilt, nfe=8, data_range=None, trajectory=True, dense=True, save_at=[1.0], batch_size=2
+    )
+    assert run.trajectory[:, 1].isnan().all()
+    assert run.saved[:, 1].isnan().all()
+    assert run.out(0.5)[1].isnan().all()
+    assert (run.second[1] == 0.0).all()
+    assert run.out(0.5)[[0, 2]].isfinite().all()
+
+
+def test_budgets_that_pay_for_nothing_are_refused():
+    with pytest.raises(ValueError, match="no budget of 5 calls pays for one step of mf-rk4"):
+        study(["mf-rk4"], [5])
+    rows = study(["default", "ddim"], [1]).record["rows"]
+    assert [row["latent_rms"] is None for row in rows] == [True, False]
+    assert rows[0].keys() <= rows[1].keys()

@@ -100,7 +100,8 @@ def _mix(steps: list[Tensor], falls: list[Tensor], residual: Tensor) -> Tensor:
     changes, moves = changes / size, moves / size
     # Normal equations of columns of unit length, held off singular: the residual they leave is worked down by the iteration.
     gram = changes.mT @ changes
-    gram = gram + 1e-12 * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    least = max(1e-12, 10.0 * torch.finfo(gram.dtype).eps)
+    gram = gram + least * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     gram = torch.nan_to_num(gram)  # a sample that is not finite has been left, and must not stop the others
     weights = torch.linalg.solve_ex(gram, torch.nan_to_num(changes.mT @ residual.unsqueeze(2))).result
     return ((moves + changes) @ weights).squeeze(2)

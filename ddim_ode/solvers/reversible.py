@@ -3,7 +3,7 @@ r"""Methods that undo their own steps exactly, at the price of a second state.
 Each carries a pair from step to step, and its step from one pair to the next can be solved for the first by hand, with the
 same evaluations of ε: run over the same nodes the other way, from the pair, it returns to where it began up to rounding.
 With the second state thrown away that is lost, and nothing is gained: a pair is two numbers a dimension, and a round trip
-through both says nothing of whether the latent is right. docs/reversible.md has measurements.
+through both says nothing of whether the latent is right. docs/inversion.md has measurements.
 
 In a clock u, with :math:`f = \sigma'(u)\,\epsilon` and h the step in u.
 """
