@@ -182,7 +182,8 @@ def test_statuses_survive(tmp_path):
     assert decode(fine, part).status == run.status[1:]
 
     stopped = encode(FIELD, IMAGES, steps=4, solver="ddim", callback=lambda step: True)
-    assert set(decode(FIELD, Code.of(FIELD, stopped)).status) == {Status.STOPPED}
+    with pytest.raises(ValueError, match="a callback stopped this one"):
+        Code.of(FIELD, stopped)
     loose = encode(FIELD, IMAGES, steps=4, solver=ImplicitMidpoint(max_iterations=2))
     assert decode(FIELD, Code.of(FIELD, loose)).status == (Status.UNCONVERGED,) * 3
 
@@ -403,7 +404,16 @@ def test_models_that_are_no_modules_cannot_be_told_apart():
     code = Code.of(FIELD, encode(FIELD, IMAGES, grid=np.linspace(0.0, 2.0, 5), solver="alf"))
     stranger = EpsilonField.from_sigma(lambda x, s: torch.tanh(x), LINEAR, shape=SHAPE)
     assert code.differences(stranger) == []
-    assert code.differences(EpsilonField.from_sigma(lambda x, s: x, LINEAR)) == ["shape is None, was [1, 2, 3]"]
+    assert code.differences(EpsilonField.from_sigma(lambda x, s: x, LINEAR)) == []  # one that says no shape
+    other = EpsilonField.from_sigma(lambda x, s: x, LINEAR, shape=(7,))
+    assert code.differences(other) == ["shape is [7], was [1, 2, 3]"]
+
+
+def test_a_compiled_model_is_the_model():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).requires_grad_(False).eval()
+    plain = EpsilonField(net, LINEAR, shape=(2,)).describe()
+    assert EpsilonField(torch.compile(net), LINEAR, shape=(2,)).describe() == plain
+    assert EpsilonField(net[0], LINEAR, shape=(2,)).describe()["weights"] != plain["weights"]
 
 
 @pytest.mark.parametrize(
