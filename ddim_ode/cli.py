@@ -56,7 +56,7 @@ from ddim_ode.sampling import (
 )
 from ddim_ode.schedule import NoiseSchedule, whole
 from ddim_ode.solution import Solution, Status
-from ddim_ode.solvers import Adaptive, Scipy, Solver, TorchDiffEq, get, solvers
+from ddim_ode.solvers import Adaptive, Scipy, TorchDiffEq, get, solvers
 from ddim_ode.training import TrainingOptions, begin, train
 
 __all__ = ["main"]
@@ -238,7 +238,7 @@ def _encode(o: argparse.Namespace) -> int:
     if Path(o.out).suffix == ".npy":
         data.write_array(o.out, run.x, "latent")
     else:
-        Code.of(field, run, options["solver"] or DEFAULTS["encode"].solver).save(o.out)
+        Code.of(field, run).save(o.out)
     return _report(o, field, {"encode": run})
 
 
@@ -250,12 +250,13 @@ def _reconstruct(o: argparse.Namespace) -> int:
         raise ValueError("reconstruct needs at least one name in --solvers and one budget in --nfe")
     if o.batch_size is not None:
         _whole(o.batch_size, "--batch-size")
-    o.solver = None
-    methods: list[str | Solver] = []
-    for name in names:
-        o.solver = name
-        methods.append(name if name == "default" else _toleranced(o, only=False))
-    images = _images(o, field, None if o.n_images is None else _whole(o.n_images, "--n-images"))
+    methods = [name if name == "default" else _toleranced(o, name) for name in names]
+    _whole(o.n_images, "--n-images")
+    if not any(isinstance(method, _TOLERANT) for method in methods):
+        for option in ("rtol", "atol"):
+            if getattr(o, option) is not None:
+                raise ValueError(f"--{option} is for solvers that choose their own steps, and --solvers names none")
+    images = _images(o, field, o.n_images)
     if o.grid is not None:
         Grid.make(o.grid, field.schedule, 2)
     out = _folder(o, o.out)
@@ -283,8 +284,7 @@ def _reconstruct(o: argparse.Namespace) -> int:
         written.append(f"reconstructions-{along}.png")
     if len(found.encodings) == 1:
         (key,) = found.encodings
-        code = Code.of(field, found.encodings[key], None if isinstance(methods[0], str) else methods[0])
-        code.save(out / "codes.safetensors")
+        Code.of(field, found.encodings[key]).save(out / "codes.safetensors")
         data.write_images(out / "reconstructions.npz", _pictures(field, found.reconstructions[key]))
         written += ["codes.safetensors", "reconstructions.npz"]
     if o.json:
@@ -328,36 +328,27 @@ def _print_reconstruction(record: dict[str, Any]) -> None:
     )
     if "codec_mse" in record:
         print(f"the codec loses {sum(record['codec_mse']) / len(record['codec_mse']):.3e} by itself")
-    budgets = list(dict.fromkeys(row["nfe"] for row in rows if row["nfe"] is not None))
+    # A solver that chooses its own steps has no budget, and a column of its own.
+    budgets = list(dict.fromkeys(row["nfe"] for row in sorted(rows, key=lambda row: row["nfe"] is None)))
     names = list(dict.fromkeys(row["solver"] for row in rows))
-    for title, key, form in (
-        ("Round trip, MSE on [0, 1]", "round_trip_mse", ".2e"),
-        ("The same from the latent alone", "alone_mse", ".2e"),
-        ("Round trip, float32 state", "float32_mse", ".2e"),
-        ("Latent, RMS error", "latent_rms", ".2e"),
-        ("Decoding the true latent, RMS", "decode_rms", ".2e"),
+    found = {(row["solver"], row["nfe"]): row for row in rows}
+    calls = lambda row: f"{row['encode_calls']:.0f}+{row['decode_calls']:.0f};{row['states']}"
+    number = lambda key: lambda row: "–" if row[key] is None else format(row[key], ".2e")
+    for title, cell in (
+        ("Round trip, MSE on [0, 1]", number("round_trip_mse")),
+        ("The same from the latent alone", number("alone_mse")),
+        ("Round trip, float32 state", number("float32_mse")),
+        ("Latent, RMS error", number("latent_rms")),
+        ("Decoding the true latent, RMS", number("decode_rms")),
+        ("Calls there + back; states", calls),
+        ("A second state's error grows by", number("growth")),
     ):
-        print(f"\n{title:<32}" + "".join(f"{n:>11}" for n in budgets or ["–"]))
+        print(f"\n{title:<32}" + "".join(f"{'tolerance' if n is None else n:>12}" for n in budgets))
         for name in names:
-            mine = [row for row in rows if row["solver"] == name]
-            cells = [format(row[key], form) if row[key] is not None else "–" for row in mine]
-            print(f"  {name:<30}" + "".join(f"{cell:>11}" for cell in cells))
-    print(f"\n{'Calls there + back; states':<32}" + "".join(f"{n:>11}" for n in budgets or ["–"]))
-    for name in names:
-        mine = [row for row in rows if row["solver"] == name]
-        cells = [
-            "–"
-            if row["encode_calls"] is None
-            else f"{row['encode_calls']:.0f}+{row['decode_calls']:.0f};{row['states']}"
-            for row in mine
-        ]
-        print(f"  {name:<30}" + "".join(f"{cell:>11}" for cell in cells))
-    pairs = [name for name in names if any(row["growth"] for row in rows if row["solver"] == name)]
-    if pairs:
-        print(f"\n{'Growth of a pair as h → 0, up/down':<34}" + "".join(f"{n:>18}" for n in budgets))
-        for name in pairs:
-            grown = [row["growth"] for row in rows if row["solver"] == name]
-            print(f"  {name:<30}" + "".join(f"{'–' if g is None else f'{g[0]:.1e}/{g[1]:.1e}':>18}" for g in grown))
+            cells = [found.get((name, nfe)) for nfe in budgets]
+            shown = ["–" if row is None or row["encode_calls"] is None else cell(row) for row in cells]
+            if set(shown) != {"–"}:
+                print(f"  {name:<30}" + "".join(f"{text:>12}" for text in shown))
 
 
 def _interpolate(o: argparse.Namespace) -> int:
@@ -767,15 +758,17 @@ def _run_options(o: argparse.Namespace, field: EpsilonField, *directions: str) -
     }
 
 
-def _toleranced(o: argparse.Namespace, only: bool = True) -> Any:
-    """The solver that was named, at the tolerances that were; `only`: it is the only one, and must have some."""
-    solver = None if o.solver is None else get(o.solver)
-    tolerances = {name: getattr(o, name) for name in ("rtol", "atol") if getattr(o, name) is not None}
-    if not tolerances:
+#: Solvers that have tolerances of their own.
+_TOLERANT = (Adaptive, TorchDiffEq, Scipy)
+
+
+def _toleranced(o: argparse.Namespace, name: str | None = None) -> Any:
+    """The solver `name`, one of several, or that of ``--solver``, at the tolerances that were given."""
+    solver = None if (name or o.solver) is None else get(name or o.solver)
+    tolerances = {option: getattr(o, option) for option in ("rtol", "atol") if getattr(o, option) is not None}
+    if not tolerances or (name is not None and not isinstance(solver, _TOLERANT)):
         return solver
-    if not isinstance(solver, (Adaptive, TorchDiffEq, Scipy)):
-        if not only:
-            return solver
+    if not isinstance(solver, _TOLERANT):
         named = ", ".join(s.name for s in solvers() if s.adaptive)
         raise ValueError(
             f"--{next(iter(tolerances))} is for solvers that choose their own steps, named by --solver: {named}"
@@ -892,9 +885,10 @@ def _record(o: argparse.Namespace, field: EpsilonField, runs: dict[str, Solution
             record[what] |= {"sample_nfe": run.outcome.nfe}
             own = {name: getattr(run.outcome, name) for name in ("residual", "contraction")}
             record[what] |= {name: value for name, value in own.items() if value is not None}
-            ran = _toleranced(o)  # a code brings its solver, and none is named
-            record[what] |= {name: getattr(ran, name) for name in ("rtol", "atol", "tol") if hasattr(ran, name)}
-    return record | circumstances(field, _DTYPES[o.dtype])
+            own = {name: getattr(run.method, name) for name in ("rtol", "atol", "tol") if hasattr(run.method, name)}
+            record[what] |= own
+    # A code is decoded in its own dtype.
+    return record | circumstances(field, next(iter(runs.values())).x_bar.dtype)
 
 
 def _report(

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -28,7 +28,7 @@ from ddim_ode.files import replacing
 from ddim_ode.grid import Grid
 from ddim_ode.schedule import NoiseSchedule
 from ddim_ode.solution import Solution, Status
-from ddim_ode.solvers import Solver, get
+from ddim_ode.solvers import Solver
 from ddim_ode.solvers.configs import from_config, to_config
 
 __all__ = ["Code", "is_code", "load_code"]
@@ -78,7 +78,7 @@ class Code:
             )
 
     @staticmethod
-    def of(field: EpsilonField, run: Solution, solver: str | Solver | None = None) -> Code:
+    def of(field: EpsilonField, run: Solution) -> Code:
         """The code of an encoding run.
 
         Parameters
@@ -87,29 +87,17 @@ class Code:
             What encoded.
         run : Solution
             What :func:`ddim_ode.encode` returned.
-        solver : str or Solver, optional
-            What it was encoded by, if the run's solver has no name.
 
         Raises
         ------
         ValueError
-            If the run is no encoding or was stopped, or the solver is not the one that made it.
+            If the run is no encoding, or was stopped on its way.
         """
         if not run.grid.encoding:
             raise ValueError(f"a code is made of an encoding run, but this one goes down: {run.grid!r}")
         if Status.STOPPED in run.status:
             raise ValueError("a code is made of a whole run, but a callback stopped this one on its way")
-        try:
-            method = get(run.solver if solver is None else solver)
-        except ValueError as error:
-            if solver is not None:
-                raise
-            raise ValueError(
-                f"the run was made by {run.solver}, which no name stands for: say it, solver=..."
-            ) from error
-        if method.name != run.solver:
-            raise ValueError(f"the run was made by {run.solver}, but solver is {method.name}")
-        return Code(run.x, run.second, method, run.grid, field.describe(), run.status, ddim_ode.__version__)
+        return Code(run.x, run.second, run.method, run.grid, field.describe(), run.status, ddim_ode.__version__)
 
     def differences(self, field: EpsilonField) -> list[str]:
         """In what `field` is not the model that made this code, in words; what neither of them knows is passed over."""
@@ -166,11 +154,6 @@ class Code:
                 np.savez(file, **(parts | {_KEY: np.array(text)}))
         else:
             raise ValueError(f"codes are written as .safetensors or .npz, but the file is {path}")
-
-    def rows(self, chosen: slice) -> Code:
-        """Some of the images."""
-        second = None if self.second is None else self.second[chosen]
-        return replace(self, latent=self.latent[chosen], second=second, status=self.status[chosen])
 
 
 def is_code(path: str | os.PathLike[str]) -> bool:

@@ -568,13 +568,13 @@ def _bare(model: nn.Module) -> nn.Module:
 
 def digest(tensors: Mapping[str, Any]) -> str:
     """SHA-256 of named tensors: names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
+    total = hashlib.sha256()
     for name in sorted(tensors):
         x = tensors[name]
         if isinstance(x, Tensor):
-            digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-            digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+            total.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+            total.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def _clipped(evaluate: Evaluate, most: float, quantile: float | None) -> Evaluate:

@@ -138,7 +138,7 @@ class Grid:
                 Even in (σ/(c + σ))^{1/ρ} down to 0: for c = ρ = 1 even in rectified flow's time. Options ``c`` (3 + 20/S)
                 and ``rho`` (1.9 + 3/S): few steps are better off at large σ.
             ``flow-up``
-                The same with ``c`` (0.36 √S) and ``rho`` (2.1) for encoding, where few steps are better off near the data.
+                The same with ``c`` (1 + 0.18 √S) and ``rho`` (2.9) for encoding, where few steps are better off near the data.
         schedule : NoiseSchedule
             The schedule to cover.
         steps : int
@@ -243,9 +243,9 @@ def _flow(schedule: NoiseSchedule, steps: int, c: float | None = None, rho: floa
     return _flow_grid(schedule, steps, c, rho)
 
 
-def _flow_up(schedule: NoiseSchedule, steps: int, c: float | None = None, rho: float = 2.1) -> Array:
+def _flow_up(schedule: NoiseSchedule, steps: int, c: float | None = None, rho: float = 2.9) -> Array:
     # And with that of encoding.
-    return _flow_grid(schedule, steps, 0.36 * math.sqrt(steps) if c is None else c, rho)
+    return _flow_grid(schedule, steps, 1.0 + 0.18 * math.sqrt(steps) if c is None else c, rho)
 
 
 def _flow_grid(schedule: NoiseSchedule, steps: int, c: float, rho: float) -> Array:

@@ -100,7 +100,7 @@ def integrate(
         )
     method = get(solver)
     if (gradients or checkpoint) and not method.differentiable:
-        raise ValueError(f"gradients do not flow through {method.name}, which leaves torch: use another solver")
+        raise ValueError(f"gradients do not flow through {method.name}: use another solver")
     if second is not None and not method.paired:
         raise ValueError(f"second is for solvers that keep two states, and {method.name} keeps one: leave it out")
     if checkpoint and method.adaptive:
@@ -227,7 +227,10 @@ def _run(
         status = [own or stopped for own, _, stopped in ends]
         outcome = replace(outcome, status=tuple(status))
     elif not isinstance(x_bar, FakeTensor):  # a fake tensor has no values to check
-        failed = _failed(x_bar if other is None else torch.stack((x_bar, other), dim=1))
+        failed = _failed(x_bar)
+        beside = None if other is None else _failed(other)
+        if beside is not None:
+            failed = beside if failed is None else torch.cat((failed, beside)).unique()
         if failed is not None:
             x_bar = x_bar.clone()
             with torch.no_grad():
@@ -264,6 +267,7 @@ def _run(
         None,
         outcome,
         other,
+        solver,
     )
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from ddim_ode.field import EpsilonField, Evaluate
 from ddim_ode.grid import Grid
 from ddim_ode.integrate import check_state, integrate, to_dtype
-from ddim_ode.sampling import NFE, Default, GridLike, plan
+from ddim_ode.sampling import NFE, Default, GridLike, fail, plan, set_aside
 from ddim_ode.schedule import is_number, whole
 from ddim_ode.solution import Solution, Status
 from ddim_ode.solvers import Solver
@@ -198,7 +198,7 @@ def log_density(
     Returns
     -------
     Likelihood
-        A sample whose run fails has the density NaN, and its status; its neighbours are not touched.
+        A sample that is not finite, or whose run fails, has the density NaN, and its status; its neighbours are not touched.
 
     Raises
     ------
@@ -236,6 +236,7 @@ def log_density(
                 "this model works on latents of images, and bits per dimension are those of images: give floats"
             )
         x = _dequantised(x, seed, first)
+    x, spoilt = set_aside(x)
     check_state(field, x, "x")
     D = _size(x)
     trace, probes = _trace(trace, probes, D)
@@ -256,6 +257,8 @@ def log_density(
         estimates = y.unflatten(1, (-1, augmented.copies)).select(2, 0).double() * (D / math.sqrt(1.0 + end * end))
         found = _prior(prior, run.x_bar, end, D) + estimates.mean(dim=1)
         error = torch.zeros_like(found) if trace == "exact" else _standard_error(estimates)
+        if spoilt:
+            run = fail(run, spoilt)
         failed = torch.tensor([bool(status) for status in run.status], device=found.device)
         found, error = (value.masked_fill(failed, math.nan) for value in (found, error))
         bits = math.log2(127.5) - found / (D * math.log(2.0)) if images else None

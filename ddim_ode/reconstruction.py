@@ -16,7 +16,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from ddim_ode.comparison import Reference, circumstances
 from ddim_ode.field import EpsilonField
 from ddim_ode.grid import Grid
 from ddim_ode.metrics import mse, rms
-from ddim_ode.sampling import DEFAULTS, GRID, LatentWarning, encode, plan, sample
+from ddim_ode.sampling import DEFAULTS, GRID, LatentWarning, encode, noise, plan, sample
 from ddim_ode.solution import Solution, Status
 from ddim_ode.solvers import Adaptive, Solver, get
 from ddim_ode.solvers.runge_kutta import DOPRI5
@@ -39,13 +39,13 @@ def reference_latents(
     evaluate: EpsilonField,
     images: Tensor,
     *,
-    rtol: float | None = None,
     batch_size: int | None = None,
-    save_at: Sequence[float] | None = None,
     data_range: tuple[float, float] | None = (-1.0, 1.0),
-    progress: bool = False,
-) -> tuple[Reference, Solution]:
+) -> Reference:
     r"""Encode to high accuracy twice, by Dormand and Prince's pair in two clocks.
+
+    Tolerances, relative and absolute in the units of data, are 1e-9, and 1e-6 for a network that computes in less than double
+    precision: it knows σ by waves of its label that a tighter one would have to follow.
 
     Parameters
     ----------
@@ -53,42 +53,27 @@ def reference_latents(
         ε.
     images : Tensor
         x_0, (B, \*d).
-    rtol : float, optional
-        Tolerance of both, absolute too, in the units of data. By default 1e-9, and 1e-6 for a network, which computes in
-        less than double precision and knows σ by waves of its label that a tighter one would have to follow.
-    save_at : sequence of float, optional
-        Levels at which the first keeps x̄, in its ``saved``.
-    batch_size, data_range, progress
+    batch_size, data_range
         As for :func:`ddim_ode.encode`.
 
     Returns
     -------
     Reference
         ``.x`` the latents, NaN for a sample whose reference failed.
-    Solution
-        The first of the two runs.
     """
-    if rtol is None:
-        rtol = 1e-9 if evaluate.dtype in (None, torch.float64) else 1e-6
-    solvers = [Adaptive(DOPRI5, rtol=rtol, atol=rtol), Adaptive(DOPRI5, rtol=rtol, atol=rtol, clock="sigma")]
-    runs = [
-        encode(
-            evaluate,
-            images,
-            solver=solver,
-            batch_size=batch_size,
-            save_at=levels,
-            data_range=data_range,
-            progress=progress,
-        )
-        for solver, levels in zip(solvers, (save_at, None), strict=True)
-    ]
+    solvers = _precise(evaluate), replace(_precise(evaluate), clock="sigma")
+    runs = [encode(evaluate, images, solver=solver, batch_size=batch_size, data_range=data_range) for solver in solvers]
     exact = runs[0].x.clone()
     lost = [i for i, pair in enumerate(zip(runs[0].status, runs[1].status, strict=True)) if any(pair)]
     exact[lost] = math.nan
     difference = float(rms(exact, runs[1].x).square().nanmean().sqrt())
-    names = (f"dopri5 at {rtol:g} in asinh", f"dopri5 at {rtol:g} in sigma")
-    return Reference(exact, difference, runs[0].nfe + runs[1].nfe, names), runs[0]
+    names = (f"dopri5 at {solvers[0].rtol:g} in asinh", f"dopri5 at {solvers[1].rtol:g} in sigma")
+    return Reference(exact, difference, runs[0].nfe + runs[1].nfe, names)
+
+
+def _precise(evaluate: EpsilonField) -> Adaptive:
+    tol = 1e-9 if evaluate.dtype in (None, torch.float64) else 1e-6
+    return Adaptive(DOPRI5, rtol=tol, atol=tol)
 
 
 @dataclass(eq=False)
@@ -141,7 +126,7 @@ def reconstruct(
     exact : Reference, optional
         The true latents, if they are known; else :func:`reference_latents` finds them.
     along : int, optional
-        The budget at which errors are followed along σ, which costs another reference solution; None: at none.
+        The budget at which errors are followed along σ, which costs one more accurate solution; None: at none.
     batch_size
         As for :func:`ddim_ode.encode`.
     data_range : (float, float) or None
@@ -152,12 +137,12 @@ def reconstruct(
     Returns
     -------
     Reconstruction
-        A row has ``solver``, ``nfe`` (the budget), ``steps``, ``grid``, ``encode_calls``, ``decode_calls``, ``states``; means over images
-        ``latent_rms``, ``decode_rms`` (root mean squares over images and dimensions, in x), ``round_trip_mse``, ``alone_mse``,
-        ``float32_mse`` (on [0, 1]); ``each``, the same for every image; ``growth``, what a rounding error may grow to each
-        way; ``residual`` and ``contraction`` of methods that iterate; ``failed``, the images that failed, which the means leave
-        out, and ``unconverged``, those that an iteration did not finish, which they do not; ``seconds``. A budget below one
-        step gives a row of nulls.
+        A row has ``solver``, ``nfe`` (the budget), ``steps``, ``grid``, ``encode_calls``, ``decode_calls``, ``states``; means
+        over images ``latent_rms``, ``decode_rms`` (root mean squares over images and dimensions, in x), ``round_trip_mse``,
+        ``alone_mse``, ``float32_mse`` (on [0, 1]); ``each``, the same for every image; ``growth``, how many times larger a
+        relative error of the second state comes back in x; ``residual`` and ``contraction`` of methods that iterate;
+        ``failed``, the images that failed, which the means leave out, and ``unconverged``, those that an iteration did not
+        finish, which they do not; ``seconds``. A budget below one step gives a row of nulls.
 
     Raises
     ------
@@ -172,17 +157,17 @@ def reconstruct(
             methods[get(named).name] = get(named)
     if not methods or not budgets:
         raise ValueError("reconstruct needs at least one solver and one budget")
-    for name, solver in methods.items():
+    for solver in methods.values():
         for budget in budgets:
             if _affordable(solver, budget):
-                _plan(evaluate, name, solver, grid, budget)
+                _plan(evaluate, solver, grid, budget)
     if not any(_affordable(solver, budget) for solver in methods.values() for budget in budgets):
         raise ValueError(f"no budget of {', '.join(map(str, budgets))} calls pays for one step of {', '.join(methods)}")
     if exact is None:
         advance("reference")
-        exact, _ = reference_latents(evaluate, images, batch_size=batch_size, data_range=data_range)
+        exact = reference_latents(evaluate, images, batch_size=batch_size, data_range=data_range)
     options: dict[str, Any] = {"batch_size": batch_size}
-    judge = _Judge(evaluate, images, exact.x, data_range)
+    judge = _Judge(evaluate, exact.x, images if evaluate.codec is None else evaluate.codec.decode(images), data_range)
     found = Reconstruction(
         circumstances(evaluate, torch.float64)
         | {
@@ -231,9 +216,7 @@ def _affordable(solver: Solver | None, nfe: int) -> bool:
     return not solver.budgeted or solver.nfe(1) <= nfe
 
 
-def _plan(
-    evaluate: EpsilonField, name: str, solver: Solver | None, grid: str | None, nfe: int | None
-) -> tuple[Solver, Grid]:
+def _plan(evaluate: EpsilonField, solver: Solver | None, grid: str | None, nfe: int | None) -> tuple[Solver, Grid]:
     """The encoder and its grid."""
     if solver is None:
         return plan(evaluate, "encode", None, None, None, nfe)
@@ -249,17 +232,14 @@ class _Judge:
     """What errors are measured against."""
 
     evaluate: EpsilonField
-    images: Tensor
     latent: Tensor
+    pictures: Tensor
     data_range: tuple[float, float] | None
-
-    def pictures(self, x: Tensor) -> Tensor:
-        return x if self.evaluate.codec is None else self.evaluate.codec.decode(x)
 
     def lost(self, run: Solution, before: Sequence[Status]) -> Tensor:
         """The mean squared error of each image that came back, NaN where either way failed."""
-        error = mse(self.pictures(self.images), self.pictures(run.x), self.data_range or (-1.0, 1.0))
-        return _only(error, before, run.status)
+        back = run.x if self.evaluate.codec is None else self.evaluate.codec.decode(run.x)
+        return _only(mse(self.pictures, back, self.data_range or (-1.0, 1.0)), before, run.status)
 
 
 def _only(values: Tensor, *status: Sequence[Status]) -> Tensor:
@@ -283,7 +263,7 @@ def _measure(
     nfe: int | None,
     options: dict[str, Any],
 ) -> tuple[dict[str, Any], Solution, Solution]:
-    method, nodes = _plan(evaluate, name, solver, grid, nfe)
+    method, nodes = _plan(evaluate, solver, grid, nfe)
     way = {"data_range": judge.data_range} | options
     start = time.perf_counter()
     there = encode(evaluate, images, solver=method, grid=nodes, **way)
@@ -322,7 +302,7 @@ def _measure(
         "states": 1 if there.second is None else 2,
         **{key: _mean(value, root=key.endswith("rms")) for key, value in each.items()},
         "each": {key: value.tolist() for key, value in each.items()},
-        "growth": [method.growth(nodes), method.growth(nodes.reversed())] if method.paired else None,
+        "growth": None if there.second is None else _growth(evaluate, there, back, down, options),
         "residual": None if outcome is None or outcome.residual is None else list(outcome.residual),
         "contraction": None if outcome is None or outcome.contraction is None else list(outcome.contraction),
         "failed": failed,
@@ -330,6 +310,17 @@ def _measure(
         "seconds": seconds,
     }
     return row, there, back
+
+
+def _growth(
+    evaluate: EpsilonField, there: Solution, back: Solution, down: dict[str, Any], options: dict[str, Any]
+) -> float:
+    """How many times larger a relative error of the second state comes back in x: decoded once with one of 1e-6."""
+    second = there.second
+    assert second is not None
+    push = 1e-6 * noise(tuple(second.shape[1:]), len(second), 0).to(second)
+    moved = sample(evaluate, there.x, second=second * (1.0 + push), **down, **options)
+    return float(_only(rms(moved.x, back.x), there.status, moved.status).square().nanmean().sqrt()) / 1e-6
 
 
 def _downward(
@@ -367,7 +358,7 @@ def _along(
     for name, solver in methods.items():
         if not _affordable(solver, nfe):
             continue
-        method, nodes = _plan(evaluate, name, solver, grid, nfe)
+        method, nodes = _plan(evaluate, solver, grid, nfe)
         if method.adaptive:
             continue  # it has no nodes
         there = encode(evaluate, images, solver=method, grid=nodes, trajectory=True, data_range=data_range, **options)
@@ -377,9 +368,7 @@ def _along(
     levels = sorted({s for pair in runs.values() for run in pair for s in run.grid.sigmas.tolist()})
     if not levels:
         return {"nfe": nfe, "rows": []}
-    _, exact = reference_latents(
-        evaluate, images, save_at=levels, data_range=data_range, batch_size=options["batch_size"]
-    )
+    exact = encode(evaluate, images, solver=_precise(evaluate), save_at=levels, data_range=data_range, **options)
     assert exact.saved is not None
     place = {level: i for i, level in enumerate(levels)}
     rows = []

@@ -137,7 +137,8 @@ def sample(
         As for :func:`integrate`. An adaptive solver without a grid has two nodes, so that a callback is called once, at
         the end, and progress moves once: name the nodes to be called at by `grid`.
     second : Tensor, optional
-        The second state of the latents, (B, \*d), for a solver that keeps two: ``Solution.second`` of their encoding.
+        The second state of the latents, (B, \*d), for a solver that keeps two: ``Solution.second`` of their encoding. It
+        belongs to that run's nodes and solver: give ``grid=run.grid`` and the same solver, or a :class:`Code` to :func:`decode`.
 
     Returns
     -------
@@ -218,18 +219,21 @@ def check_code(field: EpsilonField, code: Code, *, force: bool = False, **option
         rule = named.get("grid", code.grid.name if code.grid.name in grids() else None)
         nodes = plan(field, "encode", solver, rule, named.get("steps"), named.get("nfe"))[1]
     nodes = nodes.reversed()
-    if "solver" in named and solver.name != code.solver.name:
-        differ.append(f"solver is {solver.name}, was {code.solver.name}")
+    same = solver == code.solver
+    if not same:
+        differ.append(
+            f"solver is {solver.name}, was {code.solver.name}"
+            + (" of other options" if solver.name == code.solver.name else "")
+        )
     other_grid = not np.array_equal(nodes.sigmas, code.grid.sigmas[::-1])
     if other_grid:
         differ.append(f"the grid is {nodes!r}, was {code.grid!r} the other way")
     if differ and not force:
         raise ValueError(f"this code was made otherwise: {'; '.join(differ)}. force=True decodes it all the same")
-    same = "solver" not in named or solver.name == code.solver.name
     if not other_grid:
         # As nodes of this field's schedule, which under force may be another.
         nodes = Grid(code.grid.sigmas[::-1], field.schedule, code.grid.name)
-    chosen: dict[str, Any] = {"solver": code.solver if same else solver, "grid": nodes}
+    chosen: dict[str, Any] = {"solver": solver, "grid": nodes}
     if same and not other_grid:
         chosen["second"] = code.second
     return chosen
@@ -281,7 +285,7 @@ def encode(
         If an argument cannot be used, before any model call.
     """
     method, nodes = plan(field, "encode", solver, grid, steps, nfe)
-    images, spoilt = _set_aside(images)
+    images, spoilt = set_aside(images)
     check_state(field, images, "images")
     _check_range(images, None if field.codec is not None else data_range)
     _check_second(second, method, images)
@@ -290,10 +294,10 @@ def encode(
     options: dict[str, Any] = {"callback": callback, "progress": progress, "trajectory": trajectory, "dense": dense}
     options |= {"save_at": save_at, "gradients": gradients, "checkpoint": checkpoint}
     run = _in_batches(field, start, second, nodes, method, batch_size, options)
-    return _fail(run, spoilt) if spoilt else run
+    return fail(run, spoilt) if spoilt else run
 
 
-def _set_aside(images: Tensor) -> tuple[Tensor, list[int]]:
+def set_aside(images: Tensor) -> tuple[Tensor, list[int]]:
     """The images, copies of another in place of those that hold NaN or infinity, and which those are, if there are others."""
     if not isinstance(images, Tensor) or isinstance(images, FakeTensor) or images.ndim < 2:
         return images, []
@@ -306,7 +310,7 @@ def _set_aside(images: Tensor) -> tuple[Tensor, list[int]]:
     return torch.where(keep, images, other), torch.nonzero(~whole_).flatten().tolist()
 
 
-def _fail(run: Solution, which: list[int]) -> Solution:
+def fail(run: Solution, which: list[int]) -> Solution:
     """The run with these samples failed before its first step."""
     status, sigma = list(run.status), list(run.sigma)
     for i in which:
@@ -417,9 +421,8 @@ def round_trip(
         # A coarse encoder's latent may look odd; here that is a result, not a user's mistake.
         warnings.simplefilter("ignore", LatentWarning)
         if there.second is not None:
-            both = DEFAULTS["encode"].solver if solver is None else solver
             options |= {
-                "solver": both,
+                "solver": there.method,
                 "grid": there.grid.reversed(),
                 "steps": None,
                 "nfe": None,

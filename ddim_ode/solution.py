@@ -103,6 +103,8 @@ class Solution:
         The noise level each sample reached: the grid's last, unless the sample failed or the run was stopped.
     solver : str
         The solver's name.
+    method : Solver or None
+        The solver itself, as codes keep it.
     grid : Grid
         The nodes to visit; a run that a callback stopped has visited the first of them.
     nfe : int
@@ -134,6 +136,7 @@ class Solution:
     saved: Tensor | None = None
     outcome: Outcome | None = None
     second: Tensor | None = None
+    method: Any = None
 
     @property
     def x(self) -> Tensor:
@@ -210,6 +213,7 @@ class Solution:
             saved=torch.cat(saved, dim=1) if saved else None,
             outcome=None if not outcomes else _join(outcomes),
             second=torch.cat(seconds) if seconds else None,
+            method=parts[0].method,
         )
 
 

@@ -175,12 +175,6 @@ def test_statuses_survive(tmp_path):
         back = decode(fine, read)
         assert back.status == run.status
         torch.testing.assert_close(back.x[[0, 2]], images[[0, 2]], rtol=0.0, atol=1e-12)
-    part = read.rows(slice(1, 3))
-    assert part.status == run.status[1:]
-    bits(part.latent, run.x[1:])
-    bits(part.second, run.second[1:])
-    assert decode(fine, part).status == run.status[1:]
-
     stopped = encode(FIELD, IMAGES, steps=4, solver="ddim", callback=lambda step: True)
     with pytest.raises(ValueError, match="a callback stopped this one"):
         Code.of(FIELD, stopped)
@@ -461,17 +455,27 @@ def test_the_same_solver_and_grid_may_be_said_again(code):
 
 def test_codes_are_made_of_encodings():
     run = encode(FIELD, IMAGES, steps=4, solver=TwoStep(clock=arctan(0.3)))
-    with pytest.raises(ValueError, match=r"made by o-belm-arctan\(0\.3\), which no name stands for: say it, solver="):
-        Code.of(FIELD, run)
-    code = Code.of(FIELD, run, TwoStep(clock=arctan(0.3)))
-    assert code.solver.clock == arctan(0.3)
+    code = Code.of(FIELD, run)
+    assert code.solver == TwoStep(clock=arctan(0.3))
     torch.testing.assert_close(decode(FIELD, code).x, IMAGES, rtol=0.0, atol=1e-10)
-    with pytest.raises(ValueError, match=r"the run was made by o-belm-arctan\(0\.3\), but solver is alf"):
-        Code.of(FIELD, run, "alf")
-    with pytest.raises(ValueError, match="unknown solver 'allf'"):
-        Code.of(FIELD, run, "allf")
     with pytest.raises(ValueError, match="a code is made of an encoding run, but this one goes down"):
         Code.of(FIELD, sample(FIELD, n=2, steps=4))
+
+
+def test_solvers_of_one_name_are_told_apart(tmp_path):
+    """A code keeps the solver that made it, whatever else has its name."""
+    other = AsynchronousLeapfrog("sigma", Flow(0.15))
+    assert other.name == "alf-flow"
+    loose = replace(get("dopri5"), rtol=1e-2, atol=1e-2)
+    for solver, options in ((other, {"steps": 4}), (loose, {}), (ImplicitMidpoint(tol=1e-3), {"steps": 4})):
+        run = encode(FIELD, IMAGES, solver=solver, batch_size=2, **options)
+        Code.of(FIELD, run).save(tmp_path / "c.npz")
+        code = load_code(tmp_path / "c.npz")
+        assert code.solver == solver
+        with pytest.raises(ValueError, match=f"solver is {solver.name}, was {solver.name} of other options"):
+            decode(FIELD, code, solver=get(solver.name))
+    code = Code.of(FIELD, encode(FIELD, IMAGES, steps=4, solver=other))
+    torch.testing.assert_close(decode(FIELD, code).x, IMAGES, rtol=0.0, atol=1e-10)
 
 
 # -- solvers as plain data ------------------------------------------------------------------------
@@ -515,7 +519,7 @@ def test_solvers_are_plain_data(solver):
 
 @pytest.mark.parametrize("solver", [s for s in MADE_UP if s.paired], ids=lambda s: s.name)
 def test_files_of_made_up_solvers(tmp_path, solver):
-    code = Code.of(FIELD, encode(FIELD, IMAGES, steps=5, solver=solver), solver)
+    code = Code.of(FIELD, encode(FIELD, IMAGES, steps=5, solver=solver))
     code.save(tmp_path / "c.npz")
     read = load_code(tmp_path / "c.npz")
     assert read.solver == solver
@@ -530,7 +534,7 @@ def test_what_is_no_plain_data(tmp_path):
     gaussian = Multistep(2, linear=Gaussian(torch.zeros(SHAPE), torch.tensor(0.3)), label="g2")
     with pytest.raises(ValueError, match="a Gaussian cannot be written as plain data, for it holds tensors"):
         to_config(gaussian)
-    code = Code.of(FIELD, encode(FIELD, IMAGES, steps=4, solver=gaussian), gaussian)
+    code = Code.of(FIELD, encode(FIELD, IMAGES, steps=4, solver=gaussian))
     for ending in ENDINGS:
         with pytest.raises(ValueError, match="a Gaussian cannot be written as plain data"):
             code.save(tmp_path / f"c{ending}")

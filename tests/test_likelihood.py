@@ -538,3 +538,14 @@ def test_a_record_of_the_run_is_the_encoding():
     assert found.encoding.grid == run.grid
     assert np.array_equal(found.status, run.status)
     assert replace(found.encoding, x_bar=run.x_bar).success
+
+
+def test_a_sample_that_is_not_finite_fails_alone():
+    field, x = EpsilonField(Net(), LINEAR), torch.tensor([[0.2, -0.7, 0.5], [0.1, 0.1, 0.1]], dtype=torch.float64)
+    well, spoilt = log_density(field, x, nfe=8), x.clone()
+    spoilt[1, 2] = math.nan
+    found = log_density(field, spoilt, nfe=8)
+    assert found.status == (Status.SUCCESS, Status.NONFINITE)
+    assert found.log_density[0] == well.log_density[0]
+    assert found.log_density[1].isnan()
+    assert found.mean_log_density.n == 1

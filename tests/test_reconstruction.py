@@ -40,6 +40,14 @@ def test_rows_are_what_runs_by_hand_give():
     assert (alf["states"], alf["encode_calls"], alf["decode_calls"]) == (2, 10, 9)
     assert alf["round_trip_mse"] < 1e-28 < 1e-10 < alf["alone_mse"]
     assert 1e-16 < alf["float32_mse"] < 1e-8
+    # What an error of the second state comes back as, by hand.
+    there = ddim_ode.encode(FIELD, IMAGES, nfe=10, solver="alf", data_range=None)
+    push = 1.0 + 1e-6 * ddim_ode.noise(EXACT.shape, 3, 0)
+    ways = [
+        ddim_ode.sample(FIELD, there.x, solver="alf", grid=there.grid, second=second).x
+        for second in (there.second, there.second * push)
+    ]
+    assert alf["growth"] == pytest.approx(float(rms(*ways).square().mean().sqrt()) / 1e-6, rel=1e-3)
     assert torch.equal(found.reconstructions["ddim", 10], back.x)
     assert found.encodings["alf", 10].second is not None
 
@@ -75,7 +83,7 @@ def test_errors_along_the_way_begin_at_nothing_and_end_at_those_of_the_ends():
 
 
 def test_a_reference_is_made_where_latents_are_not_known():
-    found, _ = reference_latents(FIELD, IMAGES, data_range=None)
+    found = reference_latents(FIELD, IMAGES, data_range=None)
     assert found.difference < 1e-8
     torch.testing.assert_close(found.x, LATENT, rtol=0, atol=1e-7)
     (row,) = reconstruct(FIELD, IMAGES, ["ddim"], [10], data_range=None).record["rows"]
@@ -128,7 +136,7 @@ def test_mean_squared_errors_fall_at_twice_the_order():
 
 def test_flow_up_is_flow_with_numbers_of_its_own():
     grid = Grid.make("flow-up", LINEAR, 9)
-    other = Grid.make("flow", LINEAR, 9, c=0.36 * 3.0, rho=2.1)
+    other = Grid.make("flow", LINEAR, 9, c=1.0 + 0.18 * 3.0, rho=2.9)
     assert grid.sigmas.tolist() == other.sigmas.tolist()
 
 

@@ -125,7 +125,7 @@ def get(solver: str | Solver) -> Solver:
         if isinstance(member, Multistep) and member.k > 1:
             return member.with_start("rk")
         for prefix, make in (("mf-", McCallumFoster), ("inverse-", Inverse)):
-            if solver.startswith(prefix):
+            if solver.startswith(prefix) and solver != prefix:
                 return make(get(solver.removeprefix(prefix)))
         close = difflib.get_close_matches(solver, _MEMBERS, n=3, cutoff=0.3)
         hint = f"did you mean {' or '.join(close)}? " if close else ""

@@ -19,7 +19,10 @@ from ddim_ode.grid import Grid
 from ddim_ode.schedule import NoiseSchedule, whole
 from ddim_ode.solution import Outcome
 
-__all__ = ["Clock", "Field", "Solver", "arctan", "asinh", "check_clock", "clock", "flow", "paced"]
+__all__ = [
+    "Clock", "Field", "Solver", "arctan", "asinh", "check_clock", "check_one_step", "clock", "clock_over", "flow", "named_in",
+    "paced",
+]  # fmt: skip
 
 Array = NDArray[np.float64]
 
@@ -186,6 +189,29 @@ def check_clock(u: Clock, low: float, high: float, *, inverse: bool = True, slop
             )
 
 
+def clock_over(name: str | Clock, grid: Grid) -> Clock:
+    """The clock that a run over `grid` steps in; one of the user's own is checked there."""
+    u = clock(name, grid.schedule, grid.steps)
+    if isinstance(name, Clock):
+        check_clock(u, float(grid.sigmas.min()), float(grid.sigmas.max()))
+    return u
+
+
+def named_in(name: str, at: str | Clock) -> str:
+    """What a method is called in a clock: by its own name in σ."""
+    at = at if isinstance(at, str) else at.name
+    return name if at == "sigma" else f"{name}-{at}"
+
+
+def check_one_step(base: Any) -> None:
+    """Refuse what is no one-step method: it must keep nothing but the state, and take steps that are known beforehand."""
+    if not isinstance(base, Solver) or not base.budgeted or base.paired or base.states != 1:
+        got = base.name if isinstance(base, Solver) else repr(base)
+        raise ValueError(
+            f"base must be a solver of fixed steps that keeps nothing but the state, such as rk4 or ddim, but got {got}"
+        )
+
+
 class Solver(ABC):
     r"""A method for :math:`d\bar x = \epsilon(\bar x, \sigma)\, d\sigma` on a given grid.
 
@@ -302,10 +328,6 @@ class Solver(ABC):
     def budgeted(self) -> bool:
         """Whether its calls are known beforehand, so that a budget of them can be given."""
         return not (self.adaptive or self.iterative)
-
-    def growth(self, grid: Grid) -> float:
-        """The factor by which a rounding error of a run over `grid` may grow in what tells the two states of a pair apart."""
-        return 1.0
 
     def outcome(self, state: Any) -> Outcome | None:
         """What became of each sample, for a solver that watches its samples by itself; None: the loop looks."""

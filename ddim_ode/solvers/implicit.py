@@ -26,7 +26,7 @@ from torch import Tensor
 from ddim_ode.grid import Grid
 from ddim_ode.schedule import is_number, whole
 from ddim_ode.solution import Outcome, Status
-from ddim_ode.solvers.base import Clock, Field, Solver, check_clock, clock
+from ddim_ode.solvers.base import Clock, Field, Solver, check_one_step, clock, clock_over, named_in
 
 __all__ = ["ImplicitMidpoint", "Inverse"]
 
@@ -225,8 +225,7 @@ class ImplicitMidpoint(_Implicit):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        at = self.clock if isinstance(self.clock, str) else self.clock.name
-        return "implicit-midpoint" if at == "sigma" else f"implicit-midpoint-{at}"
+        return named_in("implicit-midpoint", self.clock)
 
     def plan(self, grid: Grid) -> tuple[_Middle, ...]:
         """The middle of every step, and what ε is worth there."""
@@ -251,9 +250,7 @@ class ImplicitMidpoint(_Implicit):
 
 @lru_cache(maxsize=64)
 def _plan_middles(method: ImplicitMidpoint, grid: Grid) -> tuple[_Middle, ...]:
-    u, plain = clock(method.clock, grid.schedule, grid.steps), clock("sigma", grid.schedule)
-    if isinstance(method.clock, Clock):
-        check_clock(u, float(grid.sigmas.min()), float(grid.sigmas.max()))
+    u, plain = clock_over(method.clock, grid), clock("sigma", grid.schedule)
     ends = zip(grid.sigmas[:-1].tolist(), grid.sigmas[1:].tolist(), strict=True)
     return tuple(_middle(u, *step) or _middle(plain, *step) for step in ends)  # type: ignore[misc]
 
@@ -296,11 +293,7 @@ class Inverse(_Implicit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.base, Solver) or not self.base.budgeted or self.base.paired or self.base.states != 1:
-            got = self.base.name if isinstance(self.base, Solver) else repr(self.base)
-            raise ValueError(
-                f"base must be a solver of fixed steps that keeps nothing but the state, such as rk4 or ddim, but got {got}"
-            )
+        check_one_step(self.base)
 
     @property
     def name(self) -> str:  # type: ignore[override]

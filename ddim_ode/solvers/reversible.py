@@ -21,17 +21,12 @@ from torch import Tensor
 
 from ddim_ode.grid import Grid
 from ddim_ode.schedule import is_number
-from ddim_ode.solvers.base import Clock, Field, Solver, check_clock, clock
+from ddim_ode.solvers.base import Clock, Field, Solver, check_one_step, clock, clock_over, named_in
 from ddim_ode.solvers.multistep import NOISE, Flow, Linear
 
 __all__ = ["AsynchronousLeapfrog", "McCallumFoster", "TwoStep"]
 
 Array = NDArray[np.float64]
-
-
-def _named(name: str, at: str | Clock) -> str:
-    at = at if isinstance(at, str) else at.name
-    return name if at == "sigma" else f"{name}-{at}"
 
 
 def _worst(factors: Array) -> float:
@@ -41,13 +36,6 @@ def _worst(factors: Array) -> float:
         running = max(running, 1.0) * factor
         worst = max(worst, running)
     return worst
-
-
-def _clock_of(method: Any, grid: Grid) -> Clock:
-    u = clock(method.clock, grid.schedule, grid.steps)
-    if isinstance(method.clock, Clock):
-        check_clock(u, float(grid.sigmas.min()), float(grid.sigmas.max()))
-    return u
 
 
 # -- two steps back -----------------------------------------------------------------------------
@@ -116,7 +104,7 @@ class TwoStep(Solver):
     @property
     def name(self) -> str:  # type: ignore[override]
         kind = "o-belm" if self.gamma is None else "bdia" + ("" if self.gamma == 1.0 else f"({self.gamma:g})")
-        return _named(kind, self.clock)
+        return named_in(kind, self.clock)
 
     @property
     def order(self) -> int:  # type: ignore[override]
@@ -134,6 +122,7 @@ class TwoStep(Solver):
         return np.array([step.sigma for step in self.plan(grid)])
 
     def growth(self, grid: Grid) -> float:
+        """The factor by which a difference of the two states may grow over `grid` where ε does not answer to it."""
         return _worst(np.array([step.kept for step in self.plan(grid)[1:]]))
 
     def init(self, field: Field, x_bar: Tensor, grid: Grid) -> _Pair:
@@ -161,7 +150,7 @@ class TwoStep(Solver):
 @lru_cache(maxsize=64)
 def _plan_two_step(method: TwoStep, grid: Grid) -> tuple[_Relation, ...]:
     s = grid.sigmas
-    u = _clock_of(method, grid)
+    u = clock_over(method.clock, grid)
     with np.errstate(all="ignore"):
         ticks, slopes = np.asarray(u.u(s), dtype=np.float64), np.asarray(u.slope(s), dtype=np.float64)
     if ticks.shape != s.shape:
@@ -205,8 +194,8 @@ class McCallumFoster(Solver):
     base : Solver
         A method that keeps nothing from step to step: Runge–Kutta, single-step, or ``ddim``.
     zeta : float
-        ζ in (0, 1), the coupling: the difference of the two states is damped by it in each step of encoding, and grows by
-        1/ζ in each of sampling.
+        ζ in (0, 1), the coupling: on small steps the difference of the two states is damped by it in each step of encoding,
+        and grows by 1/ζ in each of sampling; on large ones it grows by much more.
 
     References
     ----------
@@ -220,11 +209,7 @@ class McCallumFoster(Solver):
     start = "both states alike"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.base, Solver) or not self.base.budgeted or self.base.paired or self.base.states != 1:
-            got = self.base.name if isinstance(self.base, Solver) else repr(self.base)
-            raise ValueError(
-                f"base must be a solver of fixed steps that keeps nothing but the state, such as rk4 or ddim, but got {got}"
-            )
+        check_one_step(self.base)
         if not (is_number(self.zeta) and 0.0 < self.zeta < 1.0):
             raise ValueError(f"zeta must lie between 0 and 1, such as 0.999, but got {self.zeta!r}")
 
@@ -265,9 +250,6 @@ class McCallumFoster(Solver):
 
     def nfe(self, steps: int) -> int:
         return 2 * self.base.nfe(steps)
-
-    def growth(self, grid: Grid) -> float:
-        return 1.0 if grid.encoding else self.zeta**-grid.steps
 
     def init(self, field: Field, x_bar: Tensor, grid: Grid) -> _Coupled:
         return self.begin(field, x_bar, x_bar, grid)
@@ -364,7 +346,7 @@ class AsynchronousLeapfrog(Solver):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        return self.label or _named("alf" if self.linear is NOISE else f"alf-{self.linear.name}", self.clock)
+        return self.label or named_in("alf" if self.linear is NOISE else f"alf-{self.linear.name}", self.clock)
 
     @property
     def exact(self) -> str:  # type: ignore[override]
@@ -404,7 +386,7 @@ class AsynchronousLeapfrog(Solver):
 
 @lru_cache(maxsize=64)
 def _plan_halves(method: AsynchronousLeapfrog, grid: Grid) -> tuple[_Half, ...]:
-    u, plain = _clock_of(method, grid), clock("sigma", grid.schedule)
+    u, plain = clock_over(method.clock, grid), clock("sigma", grid.schedule)
     return tuple(
         _half(method.linear, u, a, b) or _half(method.linear, plain, a, b)  # type: ignore[misc]
         for a, b in zip(grid.sigmas[:-1].tolist(), grid.sigmas[1:].tolist(), strict=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ddim_ode.grid import Grid
 from ddim_ode.schedule import whole
-from ddim_ode.solvers.base import Clock, Field, Solver, check_clock, clock
+from ddim_ode.solvers.base import Clock, Field, Solver, clock, clock_over, named_in
 
 __all__ = ["BS32", "DOP853", "DOPRI5", "EES25", "HEUN", "KUTTA3", "MIDPOINT", "RK4", "RungeKutta", "Tableau"]
 
@@ -345,9 +345,7 @@ class RungeKutta(Solver):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        at = self.clock if isinstance(self.clock, str) else self.clock.name
-        name = f"{self.tableau.name}-edm" if self.euler_at_zero else self.tableau.name
-        return name if at == "sigma" else f"{name}-{at}"
+        return named_in(f"{self.tableau.name}-edm" if self.euler_at_zero else self.tableau.name, self.clock)
 
     @property
     def order(self) -> int:  # type: ignore[override]
@@ -403,9 +401,7 @@ class RungeKutta(Solver):
 
 @lru_cache(maxsize=64)
 def _plan(method: RungeKutta, grid: Grid) -> tuple[_Stages, ...]:
-    u, plain = clock(method.clock, grid.schedule, grid.steps), clock("sigma", grid.schedule)
-    if isinstance(method.clock, Clock):
-        check_clock(u, float(grid.sigmas.min()), float(grid.sigmas.max()))
+    u, plain = clock_over(method.clock, grid), clock("sigma", grid.schedule)
     ends = zip(grid.sigmas[:-1].tolist(), grid.sigmas[1:].tolist(), strict=True)
     return tuple(method._stages(u, *step) or method._stages(plain, *step) for step in ends)  # type: ignore[misc]
 
