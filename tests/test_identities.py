@@ -12,6 +12,7 @@ import itertools
 import math
 import re
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -96,23 +97,23 @@ def latent():
     return noise((2, 3), 4, seed=5)
 
 
-def alphas(grid: Grid) -> list[float]:
-    """The paper's α at every node."""
-    return [1.0 / (1.0 + float(s) ** 2) for s in grid.sigmas]
+def alphas(grid: Grid) -> list[Decimal]:
+    """The paper's α at every node, to 28 digits: 1 − α, which the equations are written in, loses float64's where σ is small."""
+    return [1 / (1 + Decimal(float(s)) ** 2) for s in grid.sigmas]
 
 
 # -- the paper's equations ----------------------------------------------------------------------
-def eq_13(x: float, alpha: float, alpha_next: float, label: float) -> float:
+def eq_13(x: float, alpha: Decimal, alpha_next: Decimal, label: float) -> float:
     r"""x_{t−Δt}/√α_{t−Δt} = x_t/√α_t + (√((1−α_{t−Δt})/α_{t−Δt}) − √((1−α_t)/α_t)) ε_θ(x_t)."""
-    change = math.sqrt((1.0 - alpha_next) / alpha_next) - math.sqrt((1.0 - alpha) / alpha)
-    return math.sqrt(alpha_next) * (x / math.sqrt(alpha) + change * epsilon(x, label))
+    change = ((1 - alpha_next) / alpha_next).sqrt() - ((1 - alpha) / alpha).sqrt()
+    return math.sqrt(alpha_next) * (x / math.sqrt(alpha) + float(change) * epsilon(x, label))
 
 
-def eq_15(x: float, alpha: float, alpha_next: float, label: float) -> float:
+def eq_15(x: float, alpha: Decimal, alpha_next: Decimal, label: float) -> float:
     r"""x_{t−Δt}/√α_{t−Δt} = x_t/√α_t + ½((1−α_{t−Δt})/α_{t−Δt} − (1−α_t)/α_t) √(α_t/(1−α_t)) ε_θ(x_t)."""
-    change = 0.5 * ((1.0 - alpha_next) / alpha_next - (1.0 - alpha) / alpha)
+    change = ((1 - alpha_next) / alpha_next - (1 - alpha) / alpha) / 2
     return math.sqrt(alpha_next) * (
-        x / math.sqrt(alpha) + change * math.sqrt(alpha / (1.0 - alpha)) * epsilon(x, label)
+        x / math.sqrt(alpha) + float(change * (alpha / (1 - alpha)).sqrt()) * epsilon(x, label)
     )
 
 
