@@ -227,7 +227,8 @@ def _code_options(o: argparse.Namespace) -> dict[str, Any]:
     """What is asked of a code's decoding besides what it says itself."""
     if o.batch_size is not None:
         _whole(o.batch_size, "--batch-size")
-    return {"steps": o.steps, "nfe": o.nfe, "solver": _toleranced(o), "grid": o.grid, "batch_size": o.batch_size}
+    asked = {"steps": o.steps, "nfe": o.nfe, "solver": _toleranced(o), "grid": o.grid, "batch_size": o.batch_size}
+    return asked if o.dtype is None else asked | {"dtype": _DTYPES[o.dtype]}
 
 
 def _encode(o: argparse.Namespace) -> int:
@@ -752,7 +753,7 @@ def _run_options(o: argparse.Namespace, field: EpsilonField, *directions: str) -
         "nfe": o.nfe,
         "solver": solver,
         "grid": o.grid,
-        "dtype": _DTYPES[o.dtype],
+        "dtype": _DTYPES[o.dtype or "float64"],
         "batch_size": o.batch_size,
         "progress": True,
     }
@@ -969,7 +970,10 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--device", default="cpu", help="where the network runs, such as cuda")
         if dtype:
             p.add_argument(
-                "--dtype", default="float64", choices=_DTYPES, help="the state's dtype; the network keeps its own"
+                "--dtype",
+                default="float64",
+                choices=_DTYPES,
+                help="the state's dtype (default: float64; for a code its own); the network keeps its own",
             )
         p.add_argument("--json", action="store_true", help="print a JSON record instead of words")
 
@@ -1029,6 +1033,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("decode", _decode, "Decode latents to images.")
     method(p, "out/decoded.png")
+    p.set_defaults(dtype=None)
     p.add_argument("--latent", required=True, help="what encode has written, or latents (.npz or .npy)")
     p.add_argument("--force", action="store_true", help="decode a code by another model, solver or grid than made it")
 

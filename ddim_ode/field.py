@@ -76,11 +76,14 @@ class Codec:
         And back, approximately.
     shape : tuple of int
         (C, H, W).
+    weights : str, optional
+        A hash of what both are made of.
     """
 
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
     shape: tuple[int, ...]
+    weights: str | None = None
 
 
 class EpsilonField:
@@ -374,6 +377,9 @@ class EpsilonField:
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
             "autocast": None if self.autocast is None else str(self.autocast).removeprefix("torch."),
             "guidance_scale": self.guidance_scale,
+            "clip": self.clip,
+            "threshold": self.threshold,
+            "codec": None if self.codec is None else self.codec.weights,
             "condition": digest({name: x for name, x in given.items() if x is not None})
             if any(x is not None for x in given.values())
             else None,

@@ -21,7 +21,7 @@ from ddim_ode.integrate import check_state, integrate, to_dtype
 from ddim_ode.metrics import mse
 from ddim_ode.schedule import whole
 from ddim_ode.solution import Solution, Status, Step
-from ddim_ode.solvers import Solver, get
+from ddim_ode.solvers import Inverse, Solver, get
 
 __all__ = [
     "DEFAULTS",
@@ -530,6 +530,8 @@ def plan(
         )
     default = default or DEFAULTS[direction]
     method = get(default.solver if solver is None else solver)
+    if direction == "sample" and isinstance(method, Inverse):
+        method = method.base  # which it is, on the way down
     if method.iterative and nfe is not None:
         raise ValueError(
             f"{method.name} iterates until its equations are solved, and has no budget of nfe: say how many steps"

@@ -90,6 +90,12 @@ def test_sample_encode_decode(model, images, tmp_path, capsys):
         assert sheet.size == (19, 19)
     assert main(["encode", *common, "--images", images, "--out", str(tmp_path / "z.npz")]) == 0
     assert main(["decode", *common, "--latent", str(tmp_path / "z.npz"), "--out", str(tmp_path / "d.npy")]) == 0
+    # In its own precision, unless another is named.
+    single = ["decode", "--model", model, "--latent", str(tmp_path / "z.npz"), "--dtype", "float32", "--json"]
+    capsys.readouterr()
+    assert main([*single, "--out", str(tmp_path / "f.npy")]) == 0
+    assert json.loads(capsys.readouterr().out)["state_dtype"] == "float32"
+    assert 0.0 < np.abs(np.load(tmp_path / "f.npy") - np.load(tmp_path / "d.npy")).max() < 1e-3
     # By another budget it is another run, and says so.
     other = [
         "decode",

@@ -371,6 +371,7 @@ def test_what_is_no_code(code, tmp_path):
         ({"condition": torch.tensor([1.0])}, {"condition": torch.tensor([2.0])}, "condition is"),
         ({"condition": torch.tensor([1.0])}, {}, "condition is None, was"),
         ({}, {"autocast": torch.bfloat16}, "autocast is 'bfloat16', was None"),
+        ({}, {"clip": 0.5}, "clip is 0.5, was None"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )  # fmt: skip

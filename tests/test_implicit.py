@@ -6,6 +6,7 @@ Their orders are measured with all others', in test_order.py.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,13 +16,17 @@ from scipy.optimize import root
 import ddim_ode
 from benchmarks.convergence import HIGH, LOW, sigma_grid
 from ddim_ode import (
+    Adaptive,
+    AsynchronousLeapfrog,
     Clock,
     EpsilonField,
     Grid,
     ImplicitMidpoint,
     Inverse,
+    Multistep,
     NoiseSchedule,
     Status,
+    TwoStep,
     encode,
     integrate,
     noise,
@@ -349,6 +354,13 @@ def test_no_budget_of_calls():
         assert not get(name).adaptive
 
 
+def test_sampling_by_an_inverse_is_sampling_by_its_base():
+    latent = START.reshape(3, 1, 2, 2)
+    run, base = (sample(FIELD, latent, nfe=12, solver=name) for name in ("inverse-heun", "heun"))
+    assert (run.nfe, run.method) == (12, get("heun"))
+    assert torch.equal(run.x, base.x)
+
+
 def test_gradients_are_refused():
     for name in ("implicit-midpoint", "inverse-ddim"):
         for options in ({"gradients": True}, {"checkpoint": True}):
@@ -412,10 +424,28 @@ def test_bad_bases(base):
 def test_bad_clocks():
     falls = Clock("falls", lambda s: -s, lambda u: -u, lambda s: -np.ones_like(s))
     FIELD.nfe = 0
-    for clock, said in ((falls, "must rise strictly"), ("tan", "unknown clock 'tan'")):
-        with pytest.raises(ValueError, match=said):
-            integrate(FIELD, START, [0.5, 1.0], ImplicitMidpoint(clock=clock))
+    with pytest.raises(ValueError, match="must rise strictly"):
+        integrate(FIELD, START, [0.5, 1.0], ImplicitMidpoint(clock=falls))
     assert FIELD.nfe == 0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        ImplicitMidpoint,
+        AsynchronousLeapfrog,
+        TwoStep,
+        Adaptive,
+        lambda clock: Multistep(2, clock=clock),
+        lambda clock: replace(get("heun"), clock=clock),
+        lambda clock: replace(get("dpm2s"), clock=clock),
+    ],
+)
+def test_names_of_no_clock_are_refused_when_a_solver_is_made(make):
+    for clock in ("tan", "", None, 1.0):
+        with pytest.raises(ValueError, match=f"unknown clock {clock!r}: known are sigma, log, .*, t, paced"):
+            make(clock=clock)
+    assert make(clock="t").clock == "t"
 
 
 def test_names():

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 import ddim_ode
-from ddim_ode import NoiseSchedule
+from ddim_ode import Code, NoiseSchedule, encode
 from ddim_ode.cli import main
 from ddim_ode.data import as_tensor
 from ddim_ode.metrics import mse
@@ -149,6 +150,12 @@ def test_dit_with_its_codec_and_guidance(dit, tmp_path):
         wanted = vae.decode(latent.float() / vae.config.scaling_factor).sample
     torch.testing.assert_close(field.codec.decode(latent), wanted)
     assert field.codec.encode(wanted).shape == (1, 4, 8, 8)
+    # Latents decoded to pictures by another codec are other pictures, and a code says so.
+    code = Code.of(field, encode(field, torch.randn(2, 4, 8, 8), nfe=2))
+    other = load(tmp_path, class_labels=[2, 7])
+    assert code.differences(other) == []
+    other.codec = replace(other.codec, weights="another")
+    assert [said[:8] for said in code.differences(other)] == ["codec is"]
     options = ["--model-options", '{"class_labels": 1}', "--n", "1", "--nfe", "2", "--out", str(tmp_path / "one.png")]
     assert main(["sample", "--model", str(tmp_path), *options]) == 0
     with Image.open(tmp_path / "one.png") as picture:

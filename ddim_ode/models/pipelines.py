@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddim_ode.field import Codec, EpsilonField
+from ddim_ode.field import Codec, EpsilonField, digest
 from ddim_ode.models.released import reason
 from ddim_ode.schedule import NoiseSchedule, whole
 
@@ -522,7 +522,8 @@ def _codec(vae: Any, shape: Any) -> Codec:
             return vae.decode((x / scale + shift).to(dtype), return_dict=False)[0]
 
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    return Codec(encode, decode, (vae.config.in_channels, shape[1] * factor, shape[2] * factor))
+    pixels = (vae.config.in_channels, shape[1] * factor, shape[2] * factor)
+    return Codec(encode, decode, pixels, digest(vae.state_dict()))
 
 
 # -- folders ------------------------------------------------------------------------------------

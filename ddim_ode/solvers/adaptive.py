@@ -30,7 +30,7 @@ from torch import Tensor
 from ddim_ode.grid import Grid
 from ddim_ode.schedule import is_number, whole
 from ddim_ode.solution import Outcome, Status
-from ddim_ode.solvers.base import Clock, Field, Solver, asinh, check_clock, clock
+from ddim_ode.solvers.base import Clock, Field, Solver, asinh, check_clock, check_named, clock
 from ddim_ode.solvers.runge_kutta import DOPRI5, Tableau
 
 __all__ = ["Adaptive", "check_tolerances"]
@@ -137,6 +137,7 @@ class Adaptive(Solver):
                 f"tableau must have an embedded solution, its field `error`, but {self.tableau!r} has none"
             )
         check_tolerances(self.rtol, self.atol)
+        check_named(self.clock)
         object.__setattr__(self, "max_steps", whole(self.max_steps, "max_steps"))
         first = self.first_step
         if first is not None and not (is_number(first) and 0.0 < first < math.inf):

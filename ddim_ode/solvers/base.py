@@ -20,8 +20,8 @@ from ddim_ode.schedule import NoiseSchedule, whole
 from ddim_ode.solution import Outcome
 
 __all__ = [
-    "Clock", "Field", "Solver", "arctan", "asinh", "check_clock", "check_one_step", "clock", "clock_over", "flow", "named_in",
-    "paced",
+    "Clock", "Field", "Solver", "arctan", "asinh", "check_clock", "check_named", "check_one_step", "clock", "clock_over", "flow",
+    "named_in", "paced",
 ]  # fmt: skip
 
 Array = NDArray[np.float64]
@@ -139,11 +139,16 @@ def clock(name: str | Clock, schedule: NoiseSchedule, steps: int | None = None) 
                 'clock "paced" goes by the number of steps, which is not known here: use "arctan", or arctan(c)'
             )
         return paced(steps)
-    if name not in _CLOCKS:
+    check_named(name)
+    return _CLOCKS[name]()
+
+
+def check_named(name: str | Clock) -> None:
+    """Refuse what is neither a clock nor the name of one."""
+    if not isinstance(name, Clock) and name not in (*_CLOCKS, "t", "paced"):
         raise ValueError(
             f"unknown clock {name!r}: known are {', '.join((*_CLOCKS, 't', 'paced'))}, or a Clock of your own"
         )
-    return _CLOCKS[name]()
 
 
 @cache

@@ -26,7 +26,7 @@ from torch import Tensor
 from ddim_ode.grid import Grid
 from ddim_ode.schedule import is_number, whole
 from ddim_ode.solution import Outcome, Status
-from ddim_ode.solvers.base import Clock, Field, Solver, check_one_step, clock, clock_over, named_in
+from ddim_ode.solvers.base import Clock, Field, Solver, check_named, check_one_step, clock, clock_over, named_in
 
 __all__ = ["ImplicitMidpoint", "Inverse"]
 
@@ -223,6 +223,10 @@ class ImplicitMidpoint(_Implicit):
     nfe_per_step = 5  # a typical number: see Outcome.nfe
     source = "implicit midpoint rule, Hairer, Lubich & Wanner 2006; Anderson acceleration, Walker & Ni 2011"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_named(self.clock)
+
     @property
     def name(self) -> str:  # type: ignore[override]
         return named_in("implicit-midpoint", self.clock)
@@ -271,7 +275,8 @@ class Inverse(_Implicit):
     r"""Encoding as the exact inverse of an explicit method's sampling: a standard decoder then returns the image.
 
     With Φ the step of `base` from the upper level to the lower, encoding solves :math:`\Phi(\bar x') = \bar x` for x̄' by
-    iterating :math:`\bar x' \leftarrow \bar x' + \bar x - \Phi(\bar x')`. Sampling is the base method itself.
+    iterating :math:`\bar x' \leftarrow \bar x' + \bar x - \Phi(\bar x')`. Sampling is the base method itself:
+    :func:`ddim_ode.sample` runs that.
 
     Parameters
     ----------

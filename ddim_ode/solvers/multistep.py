@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ddim_ode.grid import Grid
 from ddim_ode.schedule import whole
-from ddim_ode.solvers.base import Clock, Field, Solver, check_clock, clock
+from ddim_ode.solvers.base import Clock, Field, Solver, check_clock, check_named, clock
 from ddim_ode.solvers.runge_kutta import KUTTA3, MIDPOINT, RK4, RungeKutta, _Stages, combine, run_stages
 
 __all__ = ["DATA", "Flow", "Gaussian", "Linear", "Multistep", "NOISE", "fit_gaussian"]
@@ -471,6 +471,7 @@ class Multistep(Solver):
         if k > 4:
             raise ValueError(f"k, the order of a multistep member, must be 1, 2, 3 or 4, but got {self.k!r}")
         object.__setattr__(self, "k", k)
+        check_named(self.clock)
         if not isinstance(self.linear, Linear):
             raise TypeError(
                 f"linear must be NOISE, DATA, a Flow, a Gaussian or a Linear of your own, but got {self.linear!r}"

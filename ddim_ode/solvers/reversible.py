@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ddim_ode.grid import Grid
 from ddim_ode.schedule import is_number
-from ddim_ode.solvers.base import Clock, Field, Solver, check_one_step, clock, clock_over, named_in
+from ddim_ode.solvers.base import Clock, Field, Solver, check_named, check_one_step, clock, clock_over, named_in
 from ddim_ode.solvers.multistep import NOISE, Flow, Linear
 
 __all__ = ["AsynchronousLeapfrog", "McCallumFoster", "TwoStep"]
@@ -96,6 +96,7 @@ class TwoStep(Solver):
     start = "Euler's step"
 
     def __post_init__(self) -> None:
+        check_named(self.clock)
         if self.gamma is not None and not (is_number(self.gamma) and 0.0 < self.gamma <= 1.0):
             raise ValueError(
                 f"gamma of BDIA must lie in (0, 1], or be None for O-BELM, but got {self.gamma!r}: 0 is DDIM, which is not exact"
@@ -341,6 +342,7 @@ class AsynchronousLeapfrog(Solver):
     start = "the slope there"
 
     def __post_init__(self) -> None:
+        check_named(self.clock)
         if self.linear is not NOISE and not isinstance(self.linear, Flow):
             raise ValueError(f"linear must be NOISE or a Flow, but got {self.linear!r}")
 

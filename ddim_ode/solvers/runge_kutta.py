@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ddim_ode.grid import Grid
 from ddim_ode.schedule import whole
-from ddim_ode.solvers.base import Clock, Field, Solver, clock, clock_over, named_in
+from ddim_ode.solvers.base import Clock, Field, Solver, check_named, clock, clock_over, named_in
 
 __all__ = ["BS32", "DOP853", "DOPRI5", "EES25", "HEUN", "KUTTA3", "MIDPOINT", "RK4", "RungeKutta", "Tableau"]
 
@@ -342,6 +342,9 @@ class RungeKutta(Solver):
     tableau: Tableau
     clock: str | Clock = "sigma"
     euler_at_zero: bool = False
+
+    def __post_init__(self) -> None:
+        check_named(self.clock)
 
     @property
     def name(self) -> str:  # type: ignore[override]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddim_ode.grid import Grid
-from ddim_ode.solvers.base import Clock, Field, Solver, check_clock, clock
+from ddim_ode.solvers.base import Clock, Field, Solver, check_clock, check_named, clock
 from ddim_ode.solvers.multistep import DATA, NOISE, Linear, Weights, over, ticks_of, weigh
 
 __all__ = ["DPM2S", "DPM3S", "DPMPP2S", "SingleStep"]
@@ -60,6 +60,7 @@ class SingleStep(Solver):
     source: str = ""
 
     def __post_init__(self) -> None:
+        check_named(self.clock)
         object.__setattr__(self, "c", tuple(map(float, self.c)))
         object.__setattr__(self, "through", tuple(map(tuple, self.through)))
         if len(self.through) != len(self.c) or self.c[:1] != (0.0,) or any(not 0.0 < c <= 1.0 for c in self.c[1:]):
