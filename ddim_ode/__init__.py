@@ -3,6 +3,7 @@
 from ddim_ode.checking import Report, check
 from ddim_ode.codes import Code, load_code
 from ddim_ode.dense import Dense
+from ddim_ode.diffusion.generative import Generative
 from ddim_ode.field import EpsilonField
 from ddim_ode.grid import Grid, grids
 from ddim_ode.integrate import integrate
@@ -10,7 +11,8 @@ from ddim_ode.latents import Gaussianity, attribute_direction, gaussianity, move
 from ddim_ode.likelihood import Likelihood, log_density
 from ddim_ode.models.checkpoints import load
 from ddim_ode.models.pipelines import ModelWarning
-from ddim_ode.sampling import LatentWarning, RoundTrip, decode, encode, interpolate, noise, round_trip, sample, slerp
+from ddim_ode.noise import noise
+from ddim_ode.sampling import LatentWarning, RoundTrip, decode, encode, interpolate, round_trip, sample, slerp
 from ddim_ode.schedule import NoiseSchedule
 from ddim_ode.solution import Outcome, Solution, Status, Step
 from ddim_ode.solvers import (
@@ -40,7 +42,7 @@ from ddim_ode.solvers import (
 
 __all__ = [
     "DATA", "NOISE", "Adaptive", "AsynchronousLeapfrog", "Clock", "Code", "Dense", "EpsilonField", "Flow", "Gaussian",
-    "Gaussianity", "Grid", "ImplicitMidpoint", "Inverse", "Ipndm", "LatentWarning", "Likelihood", "Linear",
+    "Gaussianity", "Generative", "Grid", "ImplicitMidpoint", "Inverse", "Ipndm", "LatentWarning", "Likelihood", "Linear",
     "McCallumFoster", "ModelWarning", "Multistep", "NoiseSchedule", "Outcome", "Report", "RoundTrip", "RungeKutta",
     "Scipy", "SingleStep", "Solution", "Solver", "Status", "Step", "Tableau", "TorchDiffEq", "TwoStep",
     "attribute_direction", "check", "decode", "encode", "fit_gaussian", "gaussianity", "grids", "integrate",

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ddim_ode.field import PREDICTIONS, EpsilonField, as_epsilon
 from ddim_ode.integrate import check_state
 from ddim_ode.models.released import reason
-from ddim_ode.sampling import noise
+from ddim_ode.noise import noise
 
 __all__ = ["Finding", "Report", "check"]
 

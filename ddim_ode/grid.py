@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -111,6 +111,23 @@ class Grid:
         if isinstance(sigmas, Tensor):
             sigmas = sigmas.detach().to("cpu", torch.float64).numpy()
         return Grid(np.asarray(sigmas, dtype=np.float64), schedule)
+
+    @staticmethod
+    def from_tau(tau: Sequence[int], schedule: NoiseSchedule) -> Grid:
+        """The sampling grid over the paper's τ_1 < … < τ_S, times out of 1 … T in rising order, down to σ = 0 (C.1)."""
+        T, given = schedule.T, np.asarray(tau)
+        if not schedule.discrete:
+            raise ValueError("tau counts trained steps, and this schedule is continuous: use Grid.explicit")
+        if given.ndim != 1 or not given.size or given.dtype.kind not in "iu":
+            raise ValueError(f"tau must be whole numbers out of 1 to {T:g}, in rising order, but got {tau!r}")
+        if given.min() < 1 or given.max() > T:
+            raise ValueError(f"tau must lie in 1 to {T:g}, but spans {given.min()} to {given.max()}")
+        falls = np.flatnonzero(np.diff(given.astype(np.int64)) <= 0)
+        if falls.size:
+            i = int(falls[0])
+            raise ValueError(f"tau must rise strictly, but tau[{i}] = {given[i]} is followed by {given[i + 1]}")
+        sigmas = schedule.sigma(given[::-1].astype(np.float64))
+        return Grid(np.append(sigmas, 0.0), schedule, "tau")
 
     @staticmethod
     def make(name: str, schedule: NoiseSchedule, steps: int, **options: float) -> Grid:

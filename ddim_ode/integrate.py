@@ -18,6 +18,8 @@ from tqdm import tqdm
 from ddim_ode.dense import Dense, onto_ends
 from ddim_ode.field import EpsilonField
 from ddim_ode.grid import Grid
+from ddim_ode.noise import check_seed
+from ddim_ode.schedule import whole
 from ddim_ode.solution import Outcome, Solution, Status, Step
 from ddim_ode.solvers import Solver, get
 
@@ -40,6 +42,8 @@ def integrate(
     checkpoint: bool = False,
     rows: slice | Tensor | None = None,
     second: Tensor | None = None,
+    seed: int = 0,
+    first: int = 0,
 ) -> Solution:
     r"""Solve eq. 14, :math:`d\bar x = \epsilon(\bar x, \sigma)\, d\sigma`, over a monotone sequence of σ.
 
@@ -78,6 +82,9 @@ def integrate(
         Which rows of the field's conditions, and which samples for a callback, the batch stands for.
     second : Tensor, optional
         The second state at ``sigmas[0]``, for a solver that keeps two: ``Solution.second`` of the run to be undone.
+    seed, first : int
+        Of the noise that a stochastic solver adds: sample i draws by (`seed`, `first` + i) and the step, and with `rows` by
+        its place among them.
 
     Returns
     -------
@@ -99,6 +106,11 @@ def integrate(
             f"the grid was made for {grid.schedule!r}, but the field has {field.schedule!r}: make it for that one"
         )
     method = get(solver)
+    if method.stochastic and (dense or save_at is not None):
+        raise ValueError(
+            f"{method.name} adds noise at each step, and has no path between them: leave out dense and save_at"
+        )
+    seed, first = check_seed(seed), whole(first, "first", 0)
     if (gradients or checkpoint) and not method.differentiable:
         raise ValueError(f"gradients do not flow through {method.name}: use another solver")
     if second is not None and not method.paired:
@@ -124,7 +136,10 @@ def integrate(
         if second is not None:
             second = to_dtype(second, x_bar.dtype, float(grid.sigmas.max()))
         wants_dense = dense or levels is not None
-        run = _run(field, x_bar, second, grid, method, callback, progress, trajectory, wants_dense, checkpoint, rows)
+        key = (seed, first)
+        run = _run(
+            field, x_bar, second, grid, method, callback, progress, trajectory, wants_dense, checkpoint, rows, key
+        )
         if levels is None:
             return run
         saved = torch.stack([run.out(level) for level in levels])
@@ -180,7 +195,9 @@ def _run(
     dense: bool,
     checkpoint: bool,
     rows: slice | Tensor | None,
+    key: tuple[int, int],
 ) -> Solution:
+    named, solver = solver, _keyed(solver, key, rows, start.shape[0])
     nodes = grid.sigmas.tolist()
     evaluate = _Watched(field.bind(start, solver.stages(grid), rows), dense)
     evaluate.parameters = field.parameters()
@@ -236,7 +253,7 @@ def _run(
             with torch.no_grad():
                 with_ = None if second is None else second[failed]
                 last, sigmas, last_second = _last_finite(
-                    field, start[failed], with_, grid, solver, done, _subset(rows, failed)
+                    field, start[failed], with_, grid, named, done, _subset(rows, failed), key
                 )
             x_bar[failed] = last
             if other is not None:
@@ -267,7 +284,7 @@ def _run(
         None,
         outcome,
         other,
-        solver,
+        named,
     )
 
 
@@ -313,8 +330,10 @@ def _last_finite(
     solver: Solver,
     steps: int,
     rows: slice | Tensor | None,
+    key: tuple[int, int],
 ) -> tuple[Tensor, list[float], Tensor]:
     """Run failed samples again, watching each step: their last finite states, the σ of those, and the second states there."""
+    solver = _keyed(solver, key, rows, start.shape[0])
     evaluate = field.bind(start, solver.stages(grid), rows)
     x_bar, state = start, _begin(solver, evaluate, start, second, grid)
     good, other = start.clone(), solver.second(state)
@@ -336,6 +355,20 @@ def _last_finite(
             beside[alive] = other[alive]
         node[alive] = n + 1
     return good, [float(grid.sigmas[i]) for i in node.tolist()], beside
+
+
+def _keyed(solver: Solver, key: tuple[int, int], rows: slice | Tensor | None, count: int) -> Solver:
+    if not solver.stochastic:
+        return solver
+    seed, first = key
+    if rows is None:
+        images: Sequence[int] = range(first, first + count)
+    elif isinstance(rows, slice):
+        start, step = rows.start or 0, rows.step or 1
+        images = range(first + start, first + start + step * count, step)
+    else:
+        images = [first + i for i in rows.tolist()]
+    return solver.keyed(seed, images)
 
 
 def _subset(rows: slice | Tensor | None, chosen: Tensor) -> Tensor:

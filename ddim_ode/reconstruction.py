@@ -27,7 +27,8 @@ from ddim_ode.comparison import Reference, circumstances
 from ddim_ode.field import EpsilonField
 from ddim_ode.grid import Grid
 from ddim_ode.metrics import mse, rms
-from ddim_ode.sampling import DEFAULTS, GRID, LatentWarning, encode, noise, plan, sample
+from ddim_ode.noise import noise
+from ddim_ode.sampling import DEFAULTS, GRID, LatentWarning, encode, plan, sample
 from ddim_ode.solution import Solution, Status
 from ddim_ode.solvers import Adaptive, Solver, get
 from ddim_ode.solvers.runge_kutta import DOPRI5

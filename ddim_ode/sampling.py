@@ -15,10 +15,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ddim_ode.codes import Code
+from ddim_ode.diffusion.generative import Generative
 from ddim_ode.field import EpsilonField
 from ddim_ode.grid import Grid, grids
 from ddim_ode.integrate import check_state, integrate, to_dtype
 from ddim_ode.metrics import mse
+from ddim_ode.noise import noise
 from ddim_ode.schedule import whole
 from ddim_ode.solution import Solution, Status, Step
 from ddim_ode.solvers import Inverse, Solver, get
@@ -31,7 +33,6 @@ __all__ = [
     "decode",
     "encode",
     "interpolate",
-    "noise",
     "plan",
     "round_trip",
     "sample",
@@ -60,34 +61,6 @@ NFE = 50
 GridLike = str | Grid | ArrayLike
 
 
-def noise(shape: tuple[int, ...], n: int, seed: int, *, first: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    r"""Unit Gaussian latents keyed by (seed, image index): (n, \*shape), on the CPU.
-
-    Image i is the same whatever `n`, the batch size, the dtype (up to rounding) or the device.
-
-    Parameters
-    ----------
-    shape : tuple of int
-        Shape \*d of one sample.
-    n : int
-        How many.
-    seed : int
-        0 ≤ seed < 2⁶⁴.
-    first : int
-        Index of the first image.
-    dtype : torch.dtype
-        Dtype of the result.
-    """
-    n, seed, first = whole(n, "n"), whole(seed, "seed", 0), whole(first, "first", 0)
-    if seed >= 2**64:
-        raise ValueError(f"seed must be below 2**64, but got {seed}")
-    drawn = [
-        np.random.Generator(np.random.Philox(key=np.array([seed, i], dtype=np.uint64))).standard_normal(shape)
-        for i in range(first, first + n)
-    ]
-    return torch.from_numpy(np.stack(drawn)).to(dtype)
-
-
 def sample(
     field: EpsilonField,
     latent: Tensor | None = None,
@@ -108,6 +81,9 @@ def sample(
     gradients: bool = False,
     checkpoint: bool = False,
     second: Tensor | None = None,
+    eta: float | None = None,
+    sigma_hat: bool = False,
+    first: int = 0,
 ) -> Solution:
     r"""From latents x_T to data: eq. 14 from σ_T down to 0.
 
@@ -120,7 +96,7 @@ def sample(
     n : int, optional
         How many latents to draw, if none are given.
     seed : int
-        Seed of the drawn latents; image i depends on (seed, i) alone.
+        Seed of the drawn latents, and of the noise that is added where `eta` is not 0; image i depends on (seed, i) alone.
     steps : int, optional
         Number of steps.
     nfe : int, optional
@@ -139,6 +115,11 @@ def sample(
     second : Tensor, optional
         The second state of the latents, (B, \*d), for a solver that keeps two: ``Solution.second`` of their encoding. It
         belongs to that run's nodes and solver: give ``grid=run.grid`` and the same solver, or a :class:`Code` to :func:`decode`.
+    eta, sigma_hat
+        The paper's stochastic sampling in place of a solver: η of eq. 16, 0 for ``ddim``, 1 for DDPM; and `sigma_hat` for
+        DDPM's larger noise. See :class:`Generative`, which is also a solver, and :data:`GRID`.
+    first : int
+        Index of the first image: what is drawn for the batch is what a larger batch would have from there on.
 
     Returns
     -------
@@ -155,13 +136,17 @@ def sample(
     LatentWarning
         If a latent's spread is far from a unit Gaussian's, as an image's is.
     """
+    if eta is not None or sigma_hat:
+        if solver is not None:
+            raise ValueError("eta and sigma_hat choose the sampler: leave solver out, or give it a Generative")
+        solver = Generative(1.0 if eta is None else eta, sigma_hat)
     method, nodes = plan(field, "sample", solver, grid, steps, nfe)
     if latent is None:
         if n is None:
             raise ValueError("sample needs latents: give latent=, or n= to draw some")
         if field.shape is None:
             raise ValueError("n needs to know the shape of a sample: make the field with shape=(...), or give latent=")
-        latent = noise(field.shape, n, seed).to(field.device or "cpu")
+        latent = noise(field.shape, n, seed, first=first).to(field.device or "cpu")
     else:
         check_state(field, latent, "latent")
         if n is not None and n != latent.shape[0]:
@@ -172,7 +157,7 @@ def sample(
     with torch.set_grad_enabled(gradients or checkpoint):
         start = to_dtype(latent, dtype, nodes.sigmas[0]) * math.sqrt(1.0 + nodes.sigmas[0] ** 2)
     options: dict[str, Any] = {"callback": callback, "progress": progress, "trajectory": trajectory, "dense": dense}
-    options |= {"save_at": save_at, "gradients": gradients, "checkpoint": checkpoint}
+    options |= {"save_at": save_at, "gradients": gradients, "checkpoint": checkpoint, "seed": seed, "first": first}
     return _in_batches(field, start, second, nodes, method, batch_size, options)
 
 
@@ -530,6 +515,8 @@ def plan(
         )
     default = default or DEFAULTS[direction]
     method = get(default.solver if solver is None else solver)
+    if method.stochastic and direction == "encode":
+        raise ValueError(f"{method.name} adds noise, and has no encoding: only eta = 0 has, the solver ddim")
     if direction == "sample" and isinstance(method, Inverse):
         method = method.base  # which it is, on the way down
     if method.iterative and nfe is not None:

@@ -31,7 +31,7 @@ from ddim_ode.data import as_tensor
 from ddim_ode.files import replacing
 from ddim_ode.models.checkpoints import build
 from ddim_ode.models.unet import GaussianResidual
-from ddim_ode.sampling import noise
+from ddim_ode.noise import noise
 from ddim_ode.schedule import NoiseSchedule, whole
 
 __all__ = ["TrainingOptions", "begin", "sigma_loss", "spread", "train"]

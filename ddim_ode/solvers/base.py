@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -240,6 +240,8 @@ class Solver(ABC):
         Whether it solves equations by iteration, so that its calls are not known beforehand, though its steps are the grid's.
     paired : bool
         Whether it carries a second state, without which its way back is not exact: see :meth:`begin` and :meth:`second`.
+    stochastic : bool
+        Whether it adds noise: then it goes down only, and has no dense output.
     differentiable : bool
         Whether gradients flow through it.
     start : str
@@ -271,10 +273,15 @@ class Solver(ABC):
     adaptive: bool = False
     iterative: bool = False
     paired: bool = False
+    stochastic: bool = False
     differentiable: bool = True
     start: str = "itself"
     exact: str = "constant ε"
     states: int = 1
+
+    def keyed(self, seed: int, images: Sequence[int]) -> Solver:
+        """The solver of a batch of these images: itself, but for one that draws noise by (seed, image)."""
+        return self
 
     @abstractmethod
     def init(self, field: Field, x_bar: Tensor, grid: Grid) -> Any:

@@ -1,0 +1,215 @@
+r"""The inference family, eqs. 6 to 8: how x at the levels of a grid hangs together, given x_0.
+
+Every member has the same marginals, :math:`q(x_\tau | x_0) = N(\sqrt{\alpha_\tau} x_0, (1 - \alpha_\tau) I)`. They differ in
+the noise σ_τ (standard deviations in x; here `deviations`, for σ is the noise level) that a step between two levels adds. In
+:math:`\bar x = x / \sqrt\alpha` with noise levels σ > σ' and :math:`s = \sigma_\tau / \sqrt{\alpha'}` eq. 7 is
+
+.. math:: \bar x' = x_0 + \frac{\sqrt{\sigma'^2 - s^2}}{\sigma} (\bar x - x_0) + s z,
+
+eq. 16 is :math:`s = \eta \frac{\sigma'}{\sigma} \sqrt{\sigma^2 - \sigma'^2}`, and eq. 8, the other way,
+
+.. math:: \bar x = x_0 + \frac{\sigma \sqrt{\sigma'^2 - s^2}}{\sigma'^2} (\bar x' - x_0) + \frac{\sigma s}{\sigma'} z.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddim_ode.grid import Grid
+from ddim_ode.noise import check_seed, draw
+from ddim_ode.schedule import is_number, whole
+
+__all__ = ["Inference", "check_eta", "split"]
+
+Array = NDArray[np.float64]
+
+
+def check_eta(eta: Any) -> float:
+    """η as a float; it must be a number and not negative."""
+    if not is_number(eta) or not 0.0 <= eta < math.inf:
+        raise ValueError(f"eta must be a number of at least 0, 0 for no noise and 1 for DDPM's, but got {eta!r}")
+    return float(eta)
+
+
+def split(sigmas: Array, eta: float, deviations: Sequence[float] | None = None) -> tuple[Array, Array]:
+    r"""What the steps between the falling levels `sigmas` make of σ': :math:`\sqrt{\sigma'^2 - s^2}` towards x and s of noise, (S,) each.
+
+    s is eq. 16's, or that of `deviations`, the σ_τ themselves. A last level of 0 is eq. 10's case t = 1: nothing points towards
+    x there, and any deviation will do.
+
+    Raises
+    ------
+    ValueError
+        If the variance :math:`1 - \alpha' - \sigma_\tau^2` that is left for x is negative in some step, with the step.
+    """
+    high, low = sigmas[:-1], sigmas[1:]
+    if deviations is None:
+        said = f"eta = {eta:g}"
+        spread = eta * low / high * np.sqrt((high - low) * (high + low))
+        # Not σ'² − s², which loses the digits of a long step's.
+        left = low**2 * ((1.0 - eta) * (1.0 + eta) + (eta * low / high) ** 2)
+    else:
+        said, given = "deviations", np.asarray(deviations, dtype=np.float64)
+        if given.shape != low.shape or not np.all(np.isfinite(given) & (given >= 0.0)):
+            raise ValueError(
+                f"deviations must be {low.size} finite numbers of at least 0, one a step, from sigma = {sigmas[0]:.6g} down, "
+                f"but got {deviations!r}"
+            )
+        spread = given * np.sqrt(1.0 + low**2)
+        left = np.where(low > 0.0, (low - spread) * (low + spread), 0.0)
+        left[np.abs(left) < 1e-12 * low**2] = 0.0  # a deviation of all that there is, rounded
+    if np.any(left < 0.0):
+        n, stretch = int(np.argmin(left / (1.0 + low**2))), 1.0 + low**2
+        raise ValueError(
+            f"{said} makes the variance 1 - alpha - deviation² negative in {int((left < 0.0).sum())} of {low.size} steps, worst in "
+            f"step {n + 1}, from sigma = {high[n]:.6g} to {low[n]:.6g}, where it is {left[n] / stretch[n]:.3g}: the deviation is "
+            f"{spread[n] / math.sqrt(stretch[n]):.6g} and may be at most {low[n] / math.sqrt(stretch[n]):.6g}"
+        )
+    return np.sqrt(left), spread
+
+
+@dataclass(frozen=True)
+class Inference:
+    r"""One member q_σ of the inference family, over the levels of a grid.
+
+    Parameters
+    ----------
+    grid : Grid
+        Falling, such as ``Grid.from_tau(tau, schedule)``; its levels above 0 are τ_S … τ_1.
+    eta : float
+        η of eq. 16: 0 is DDIM's, 1 the Markovian member, DDPM's.
+    deviations : sequence of float, optional
+        The σ of eq. 7 themselves, one a step between levels, from the highest down: S − 1 of them, instead of `eta`.
+
+    Raises
+    ------
+    ValueError
+        If a variance is negative: the step, and by how much.
+
+    Notes
+    -----
+    σ̂ is no member: it changes the generative process alone (:class:`ddim_ode.diffusion.generative.Generative`).
+    """
+
+    grid: Grid
+    eta: float = 1.0
+    deviations: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "eta", check_eta(self.eta))
+        if self.deviations is not None:
+            object.__setattr__(self, "deviations", tuple(self.deviations))
+        if self.grid.encoding:
+            raise ValueError(
+                f"grid must fall, from the latent's level down, but got {self.grid!r}: use grid.reversed()"
+            )
+        split(self.levels, self.eta, self.deviations)
+
+    @property
+    def levels(self) -> Array:
+        """The noise levels above 0, falling: (S,)."""
+        return self.grid.sigmas[self.grid.sigmas > 0.0]
+
+    def sample(self, x_0: Tensor, *, seed: int = 0, first: int = 0, forward: bool = False) -> Tensor:
+        r"""Draw x at all levels.
+
+        Parameters
+        ----------
+        x_0 : Tensor
+            Images (B, \*d).
+        seed, first : int
+            Image i draws by (`seed`, `first` + i) and the level, whatever the batch.
+        forward : bool
+            Draw by eq. 8, from x_{τ_1} up, not by eq. 6, from x_{τ_S} down. The two have one distribution.
+
+        Returns
+        -------
+        Tensor
+            (S, B, \*d), float64, x at :attr:`levels`.
+        """
+        seed, first, clean = check_seed(seed), whole(first, "first", 0), self._clean(x_0)
+        order = range(len(self.levels) - 1, -1, -1) if forward else range(len(self.levels))
+        chain: list[Tensor] = [clean] * len(self.levels)
+        error: Tensor | None = None
+        for n in order:
+            z = draw(tuple(x_0.shape[1:]), range(first, first + x_0.shape[0]), seed, n + 1).to(clean.device)
+            error = self._next(error, n, forward, z)
+            chain[n] = (clean + error) / math.sqrt(1.0 + self.levels[n] ** 2)
+        return torch.stack(chain)
+
+    def _next(self, error: Tensor | None, n: int, forward: bool, z: Tensor | float) -> Any:
+        """x̄ − x_0 at level n from that at the level before, and from z."""
+        mean, spread = self._conditional(n, forward)
+        return spread * z if error is None else mean * error + spread * z
+
+    def _conditional(self, n: int, forward: bool) -> tuple[float, float]:
+        """What the error x̄ − x_0 of the level before is multiplied by to be the mean at level n, and the spread about it."""
+        sigmas = self.levels
+        towards, spread = split(sigmas, self.eta, self.deviations)
+        if n == (len(sigmas) - 1 if forward else 0):
+            return 0.0, float(sigmas[n])
+        if forward:
+            high, low = sigmas[n], sigmas[n + 1]
+            return float(high * towards[n] / low**2), float(high * spread[n] / low)
+        return float(towards[n - 1] / sigmas[n - 1]), float(spread[n - 1])
+
+    def log_density(self, x_0: Tensor, x: Tensor, *, forward: bool = False) -> Tensor:
+        r"""Log q_σ(x_{τ_1 … τ_S} | x_0), by eq. 6 or, `forward`, as the product of eq. 8's conditionals.
+
+        Parameters
+        ----------
+        x_0 : Tensor
+            Images (B, \*d).
+        x : Tensor
+            x at :attr:`levels`, (S, B, \*d).
+        forward : bool
+            By which factorisation; the two agree.
+
+        Returns
+        -------
+        Tensor
+            (B,), float64, in nats.
+
+        Raises
+        ------
+        ValueError
+            If a step adds no noise, as all do for η = 0: there is no density then.
+        """
+        clean, sigmas = self._clean(x_0), self.levels
+        if x.shape != (len(sigmas), *x_0.shape):
+            raise ValueError(
+                f"x must hold all {len(sigmas)} levels, shape {(len(sigmas), *x_0.shape)}, but its shape is {tuple(x.shape)}"
+            )
+        total = torch.zeros(x_0.shape[0], dtype=torch.float64, device=clean.device)
+        before: Tensor | None = None
+        for n in range(len(sigmas) - 1, -1, -1) if forward else range(len(sigmas)):
+            _, spread = self._conditional(n, forward)
+            if spread == 0.0:
+                raise ValueError(
+                    f"q has no density: with eta = {self.eta:g} a step to sigma = {sigmas[n]:.6g} adds no noise"
+                )
+            error = x[n].double() * math.sqrt(1.0 + sigmas[n] ** 2) - clean
+            # In x, a density of x̄ is multiplied by the stretch.
+            deviation = spread / math.sqrt(1.0 + sigmas[n] ** 2)
+            off = (error - self._next(before, n, forward, 0.0)).flatten(1)
+            total = (
+                total
+                - 0.5 * (off / spread).square().sum(1)
+                - off.shape[1] * math.log(deviation * math.sqrt(2.0 * math.pi))
+            )
+            before = error
+        return total
+
+    def _clean(self, x_0: Tensor) -> Tensor:
+        if not isinstance(x_0, Tensor) or not x_0.is_floating_point() or x_0.ndim < 2:
+            got = tuple(x_0.shape) if isinstance(x_0, Tensor) else type(x_0).__name__
+            raise ValueError(f"x_0 must be images as floats (B, *d), but got {got}")
+        return x_0.double()
