@@ -32,6 +32,7 @@ from ddim_ode import data, datasets, plotting
 from ddim_ode.checking import check
 from ddim_ode.codes import Code, is_code, load_code
 from ddim_ode.comparison import circumstances, compare, reference, refuse_unbudgeted
+from ddim_ode.diffusion.generative import Generative
 from ddim_ode.field import EpsilonField
 from ddim_ode.files import output_folder, to_json, write_json
 from ddim_ode.grid import Grid, grids
@@ -41,6 +42,7 @@ from ddim_ode.metrics import mse
 from ddim_ode.models.checkpoints import bundled, load, save_model
 from ddim_ode.models.pipelines import ModelWarning
 from ddim_ode.models.unet import GaussianResidual
+from ddim_ode.noise import noise
 from ddim_ode.reconstruction import reconstruct
 from ddim_ode.sampling import (
     DEFAULTS,
@@ -50,13 +52,12 @@ from ddim_ode.sampling import (
     decode,
     encode,
     interpolate,
-    noise,
     plan,
     sample,
 )
 from ddim_ode.schedule import NoiseSchedule, whole
 from ddim_ode.solution import Solution, Status
-from ddim_ode.solvers import Adaptive, Scipy, TorchDiffEq, get, solvers
+from ddim_ode.solvers import Adaptive, Scipy, Solver, TorchDiffEq, get, solvers
 from ddim_ode.training import TrainingOptions, begin, train
 
 __all__ = ["main"]
@@ -195,10 +196,13 @@ def _sample(o: argparse.Namespace) -> int:
     if o.latent is None:
         latent = noise(_shape(field), 16 if o.n is None else o.n, o.seed).to(field.device or "cpu")
     else:
-        latent, o.seed = _latent(o, field), None  # nothing is drawn
-    options = _run_options(o, field, "sample")
+        latent = _latent(o, field)
+    stochastic = _generative(o)
+    options = _run_options(o, field, "sample", solver=stochastic)
     _check_out(o, _picture_shape(field), len(latent))
-    run = sample(field, latent, n=o.n, **options)
+    run = sample(field, latent, n=o.n, seed=o.seed, **options)
+    if o.latent is not None and (stochastic is None or stochastic.eta == 0.0):
+        o.seed = None  # nothing was drawn
     data.write_images(o.out, _pictures(field, run.x))
     return _report(o, field, {"sample": run})
 
@@ -737,11 +741,25 @@ def _shape(field: EpsilonField) -> tuple[int, ...]:
     return field.shape
 
 
-def _run_options(o: argparse.Namespace, field: EpsilonField, *directions: str) -> dict[str, Any]:
-    """What a run is asked to be; refused here, before a folder is made for it, if it cannot be."""
+def _generative(o: argparse.Namespace) -> Generative | None:
+    """The paper's stochastic sampling, if ``--eta`` or ``--sigma-hat`` asks for it."""
+    if o.eta is None and not o.sigma_hat:
+        return None
+    if o.solver is not None:
+        raise ValueError(f"--eta and --sigma-hat choose the sampler: leave out --solver {o.solver}")
+    return Generative(1.0 if o.eta is None else o.eta, o.sigma_hat)
+
+
+def _run_options(
+    o: argparse.Namespace, field: EpsilonField, *directions: str, solver: Solver | None = None
+) -> dict[str, Any]:
+    """What a run is asked to be; refused here, before a folder is made for it, if it cannot be.
+
+    `solver` stands in for ``--solver``.
+    """
     if o.batch_size is not None:
         _whole(o.batch_size, "--batch-size")
-    solver = _toleranced(o)
+    solver = solver or _toleranced(o)
     if solver is not None and solver.adaptive and o.grid is not None:
         raise ValueError(
             f"--grid {o.grid} lays out steps, but {solver.name} chooses its own by its tolerances: leave one of them out"
@@ -1026,6 +1044,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--n", type=int, help="how many (default: 16)")
     seed(p)
     p.add_argument("--latent", help="latents (.npz or .npy) instead of drawn ones")
+    p.add_argument("--eta", type=float, help="the paper's eq. 16 in place of a solver: 0 is DDIM, 1 DDPM")
+    p.add_argument("--sigma-hat", action="store_true", help="DDPM with the larger noise, for --eta 1")
 
     p = command("encode", _encode, "Encode images to their latents x_T.")
     method(p, "out/latents.npz")

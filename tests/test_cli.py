@@ -79,6 +79,40 @@ def test_compare_refuses_a_budget_before_any_work(images, model, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
+def test_sample_with_noise(model, images, tmp_path, capsys):
+    common = ["sample", "--model", model, "--nfe", "6", "--n", "3", "--json"]
+
+    def drawn(name, *more):
+        assert main([*common, "--out", str(tmp_path / name), *more]) == 0
+        return np.load(tmp_path / name), json.loads(capsys.readouterr().out)
+
+    field = ddim_ode.load(model)
+    found, record = drawn("a.npy", "--eta", "1", "--seed", "4")
+    np.testing.assert_allclose(found, ddim_ode.sample(field, n=3, seed=4, nfe=6, eta=1.0).x.numpy(), atol=1e-6)
+    assert (record["sample"]["solver"], record["sample"]["grid"], record["seed"]) == ("ddpm", "quadratic", 4)
+    larger, record = drawn("b.npy", "--sigma-hat", "--seed", "4", "--grid", "linear")
+    assert (record["sample"]["solver"], record["sample"]["grid"]) == ("ddpm-sigma-hat", "linear")
+    assert np.abs(larger - found).max() > 1e-3
+    # From given latents the noise is still drawn by the seed; without noise nothing is.
+    latent = str(tmp_path / "z.npy")
+    np.save(latent, ddim_ode.noise((1, 8, 8), 3, 4).numpy())
+    again, record = drawn("c.npy", "--eta", "1", "--seed", "4", "--latent", latent)
+    assert record["seed"] == 4
+    np.testing.assert_allclose(again, found, atol=1e-6)
+    still, record = drawn("d.npy", "--eta", "0", "--latent", latent)
+    assert record["seed"] is None
+    np.testing.assert_allclose(still, drawn("e.npy", "--solver", "ddim", "--latent", latent)[0], atol=1e-6)
+    for more, said in (
+        (["--eta", "-1"], "eta must be a number of at least 0"),
+        (["--eta", "3"], "eta = 3 makes the variance"),
+        (["--eta", "0.5", "--sigma-hat"], "it goes with eta = 1"),
+        (["--eta", "0.5", "--solver", "ab2"], "leave out --solver ab2"),
+    ):
+        assert main([*common, "--out", str(tmp_path / "new" / "x.npy"), *more]) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
+
+
 def test_sample_encode_decode(model, images, tmp_path, capsys):
     common = ["--model", model, "--nfe", "10"]
     assert main(["sample", *common, "--n", "3", "--seed", "5", "--out", str(tmp_path / "s.npz")]) == 0
