@@ -38,7 +38,7 @@ def test_rows_are_what_runs_by_hand_give():
     assert ddim["decode_rms"] == pytest.approx(float(rms(decoded, IMAGES).square().mean().sqrt()))
     assert (ddim["states"], ddim["encode_calls"], ddim["decode_calls"], ddim["growth"]) == (1, 10, 10, None)
     assert (alf["states"], alf["encode_calls"], alf["decode_calls"]) == (2, 10, 9)
-    assert alf["round_trip_mse"] < 1e-28 < 1e-10 < alf["alone_mse"]
+    assert alf["round_trip_mse"] < 1e-24 < 1e-10 < alf["alone_mse"]
     assert 1e-16 < alf["float32_mse"] < 1e-8
     # What an error of the second state comes back as, by hand.
     there = ddim_ode.encode(FIELD, IMAGES, nfe=10, solver="alf", data_range=None)
@@ -56,7 +56,7 @@ def test_the_default_goes_back_by_both_states_and_alone_by_the_default_of_sampli
     (row,) = study(["default"], [12]).record["rows"]
     there = ddim_ode.encode(FIELD, IMAGES, nfe=12, data_range=None)
     alone = ddim_ode.sample(FIELD, there.x, nfe=12)
-    assert row["round_trip_mse"] < 1e-28
+    assert row["round_trip_mse"] < 1e-24
     assert row["alone_mse"] == pytest.approx(float(mse(IMAGES, alone.x).mean()))
     assert row["grid"] == "flow-up"
 

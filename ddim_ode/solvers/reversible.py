@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -283,13 +284,14 @@ class _Half(NamedTuple):
     """A step in numbers: what half of it in the clock is worth in y by the slope at its beginning, middle and end."""
 
     sigma: float
-    scale: float  # y = x̄ · scale
-    half: float
+    scale: float  # y, as a multiple of x̄
+    rate: float  # v, as a multiple of the slope in terms of ε
+    half: float  # h/2
     middle: float  # x̄ in the middle, as a multiple of y
-    twice: float
-    carried: float
+    twice: float  # 2 dy/du in the middle, as a multiple of the slope there
     end: float  # the new x̄, as a multiple of y
-    kept: float
+    kept: float  # and the new slope, of v
+    fine: float  # y and v are kept to whole multiples of 1/fine
 
 
 class _Slope(NamedTuple):
@@ -321,6 +323,11 @@ class AsynchronousLeapfrog(Solver):
 
     Notes
     -----
+    In a float64 state y and v are kept to multiples of a power of 2, about 1e-12 where x̄ is of σ_T's size and 1e-14 under a
+    Flow. Sums of such numbers are exact, while v is not much larger than y: then a step back asks the network for the very
+    bits that the step there did, and undoes it to the bit, whatever the network's precision. A network that answers other
+    bits in a batch of another size undoes it to its own rounding.
+
     Of order 2 where steps change smoothly, or in a pattern that repeats; the error of the slope alternates and is not damped.
     Under NOISE, clocks in which v grows from step to step (arctan σ, t: dσ/du rises like σ²) make it useless on few steps.
 
@@ -379,23 +386,40 @@ class AsynchronousLeapfrog(Solver):
 
     def step(self, field: Field, x_bar: Tensor, n: int, state: _Slope) -> tuple[Tensor, _Slope, Tensor | None]:
         at = state.plan[n]
-        y = (x_bar * at.scale).add_(state.slope, alpha=at.half)
+        v = _rounded(state.slope * at.rate, at.fine)
+        y = _rounded(x_bar * at.scale, at.fine) + _rounded(v * at.half, at.fine)
         middle = y * at.middle
         z = self.linear.stored(middle, field(middle, at.sigma), at.sigma)
-        v = (z * at.twice).sub_(state.slope, alpha=at.carried)
-        return y.add_(v).mul_(at.end), _Slope(state.plan, v * at.kept), None
+        v = _rounded(z * at.twice, at.fine) - v
+        y = y + _rounded(v * at.half, at.fine)
+        return y * at.end, _Slope(state.plan, v * at.kept), None
+
+
+def _rounded(x: Tensor, fine: float) -> Tensor:
+    """The nearest multiples of 1/`fine`, a power of 2, in float64 states; gradients pass.
+
+    Sums of such numbers are exact, so that a step is undone to the bit, and the network is asked about the same bits. Without,
+    rounding may move a state across a border of the network's float32, 1e-16 become 1e-8, and the steps after it make more of it.
+    """
+    if x.dtype != torch.float64:
+        return x  # float32 has no digits to spare for it
+    still = x.detach()
+    return x + (still.mul(fine).round_().div_(fine) - still)
 
 
 @lru_cache(maxsize=64)
 def _plan_halves(method: AsynchronousLeapfrog, grid: Grid) -> tuple[_Half, ...]:
     u, plain = clock_over(method.clock, grid), clock("sigma", grid.schedule)
+    # Eight deviations of y anywhere in the run, with two bits to spare for what is multiplied back and forth between the steps.
+    largest = max(8.0 * method.linear.h(s) * math.hypot(1.0, s) for s in grid.sigmas.tolist())
+    fine = 2.0 ** (51 - math.ceil(math.log2(largest)))
     return tuple(
-        _half(method.linear, u, a, b) or _half(method.linear, plain, a, b)  # type: ignore[misc]
+        _half(method.linear, u, a, b, fine) or _half(method.linear, plain, a, b, fine)  # type: ignore[misc]
         for a, b in zip(grid.sigmas[:-1].tolist(), grid.sigmas[1:].tolist(), strict=True)
     )
 
 
-def _half(linear: Linear, u: Clock, sigma: float, sigma_next: float) -> _Half | None:
+def _half(linear: Linear, u: Clock, sigma: float, sigma_next: float, fine: float) -> _Half | None:
     # The middle is worked out from the lower end, so that both directions ask at the same level to the bit.
     low, high = min(sigma, sigma_next), max(sigma, sigma_next)
     with np.errstate(all="ignore"):
@@ -407,14 +431,4 @@ def _half(linear: Linear, u: Clock, sigma: float, sigma_next: float) -> _Half | 
     if not all(0.0 < s < math.inf for s in slopes) or not math.isfinite(end - start):
         return None
     half = math.copysign(0.5 * (end - start), sigma_next - sigma)
-    # v/2 h is carried between the nodes as a multiple of z there.
-    return _Half(
-        middle,
-        h[0],
-        half * slopes[0],
-        1.0 / h[1],
-        2.0 * half * slopes[1],
-        half * slopes[0],
-        1.0 / h[2],
-        1.0 / (half * slopes[2]),
-    )
+    return _Half(middle, h[0], slopes[0], half, 1.0 / h[1], 2.0 * slopes[1], 1.0 / h[2], 1.0 / slopes[2], fine)
