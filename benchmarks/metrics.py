@@ -4,7 +4,7 @@ r"""What distances between sets of images are worth: floors, stated errors besid
 
 Records ``metrics.json``, part by part; features of data are kept in ``out/``. Half an hour on one core the first time, a quarter then.
 
-- *speed*: milliseconds an image, and of a comparison.
+- *speed*: time of the processor, which others at work do not count in, an image and a comparison.
 - *floors*: training images beside test images, as many of both, and beside all of the test images.
 - *errors*: stated standard errors beside the spread over disjoint sets of training images, all classes (no real distance)
   and four of them (a large one); and what a bootstrap would say.
@@ -41,19 +41,19 @@ RUNS = (("ddim", 10), (None, 10), ("ddim", 20), (None, 20))
 
 
 def study_speed(batches: int = 8) -> dict[str, Any]:
-    """Milliseconds an image at the default batch size, and seconds of a comparison with 500 samples."""
+    """Milliseconds of the processor an image at the default batch size, and seconds of a comparison with 500 samples."""
     network, images = EfficientNetLite0(), as_tensor(dataset("fashion-mnist", "test").images[:16])
     seconds = []
     for _ in range(batches):
-        start = time.perf_counter()
+        start = time.process_time()
         Features.of(images, network)
-        seconds.append((time.perf_counter() - start) / len(images))
+        seconds.append((time.process_time() - start) / len(images))
     reference, samples = _features("fashion-mnist", "test"), _features("fashion-mnist", "train")[:500]
     compared = []
     for _ in range(2):
-        start = time.perf_counter()
+        start = time.process_time()
         quality(samples, reference)
-        compared.append(time.perf_counter() - start)
+        compared.append(time.process_time() - start)
     found = {
         "milliseconds_per_image": {"least": 1e3 * min(seconds), "median": 1e3 * float(np.median(seconds))},
         "seconds_of_a_comparison": {"first": compared[0], "again": compared[1]},
