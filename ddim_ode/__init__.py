@@ -12,6 +12,7 @@ from ddim_ode.likelihood import Likelihood, log_density
 from ddim_ode.models.checkpoints import load
 from ddim_ode.models.pipelines import ModelWarning
 from ddim_ode.noise import noise
+from ddim_ode.quality import EfficientNetLite0, Features, Quality, SampleSizeWarning, quality
 from ddim_ode.sampling import LatentWarning, RoundTrip, decode, encode, interpolate, round_trip, sample, slerp
 from ddim_ode.schedule import NoiseSchedule
 from ddim_ode.solution import Outcome, Solution, Status, Step
@@ -41,13 +42,14 @@ from ddim_ode.solvers import (
 )
 
 __all__ = [
-    "DATA", "NOISE", "Adaptive", "AsynchronousLeapfrog", "Clock", "Code", "Dense", "EpsilonField", "Flow", "Gaussian",
-    "Gaussianity", "Generative", "Grid", "ImplicitMidpoint", "Inverse", "Ipndm", "LatentWarning", "Likelihood", "Linear",
-    "McCallumFoster", "ModelWarning", "Multistep", "NoiseSchedule", "Outcome", "Report", "RoundTrip", "RungeKutta",
-    "Scipy", "SingleStep", "Solution", "Solver", "Status", "Step", "Tableau", "TorchDiffEq", "TwoStep",
+    "DATA", "NOISE", "Adaptive", "AsynchronousLeapfrog", "Clock", "Code", "Dense", "EfficientNetLite0",
+    "EpsilonField", "Features", "Flow", "Gaussian", "Gaussianity", "Generative", "Grid", "ImplicitMidpoint",
+    "Inverse", "Ipndm", "LatentWarning", "Likelihood", "Linear", "McCallumFoster", "ModelWarning", "Multistep",
+    "NoiseSchedule", "Outcome", "Quality", "Report", "RoundTrip", "RungeKutta", "SampleSizeWarning", "Scipy",
+    "SingleStep", "Solution", "Solver", "Status", "Step", "Tableau", "TorchDiffEq", "TwoStep",
     "attribute_direction", "check", "decode", "encode", "fit_gaussian", "gaussianity", "grids", "integrate",
-    "interpolate", "load", "load_code", "log_density", "move_latent", "noise", "round_trip", "sample", "slerp",
-    "solvers",
+    "interpolate", "load", "load_code", "log_density", "move_latent", "noise", "quality", "round_trip", "sample",
+    "slerp", "solvers",
 ]  # fmt: skip
 
 __version__ = "0.1.0"
