@@ -65,7 +65,7 @@ def figure3(field: EpsilonField, short: bool) -> Found:
 
 
 def figure4(field: EpsilonField, short: bool, n: int = 4) -> Found:
-    """Seconds by steps; rounds over all lengths, so that what else the machine does falls on all alike."""
+    """Seconds by steps, and a line through medians; each round goes over all lengths, so that other work falls on all alike."""
     lengths, rounds = (LENGTHS[:3], 2) if short else (LENGTHS, 3)
     sample(field, n=n, steps=2, eta=1.0)  # what only the first run costs
     seconds: dict[str, list[list[float]]] = {}
@@ -78,7 +78,7 @@ def figure4(field: EpsilonField, short: bool, n: int = 4) -> Found:
                 row.append(time.perf_counter() - start)
     fits = {}
     for eta, rows in seconds.items():
-        x, y = np.repeat(lengths, rounds), np.ravel(rows)
+        x, y = np.array(lengths), np.median(rows, axis=1)
         slope, start = np.polyfit(x, y, 1)
         left = y - (slope * x + start)
         fits[eta] = {
