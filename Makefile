@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-slow lint bench bench-adaptive bench-defaults bench-network bench-network-cifar10 bench-peers \
         bench-memory bench-throughput bench-work-precision bench-training bench-round-trip bench-latents bench-likelihood \
-        bench-metrics \
+        bench-metrics bench-proposition1 bench-table1 bench-paper-figures paper paper-short \
         train train-cifar10 clean
 
 demo: .venv/base                    ## compare solvers on the bundled network: a table, figures and JSON in out/demo
@@ -55,6 +55,23 @@ bench-likelihood: .venv/dev         ## errors of log-densities by calls, bits pe
 
 bench-metrics: .venv/dev            ## what distances between sets of images are worth at which number: half an hour
 	$(BIN)/python -m benchmarks.metrics
+
+bench-proposition1: .venv/dev       ## Proposition 1: both fields, both Euler maps: minutes
+	$(BIN)/python -m benchmarks.proposition1
+
+bench-table1: .venv/dev             ## Table 1 and its like for solvers: two hours and more, resumes
+	$(BIN)/python -m benchmarks.table1
+
+bench-paper-figures: .venv/dev      ## Figures 3 to 6: half an hour
+	$(BIN)/python -m benchmarks.paper_figures
+
+paper: bench-proposition1 bench-table1 bench-paper-figures ## all experiments of the paper: about four hours
+	$(BIN)/python -m benchmarks.round_trip --parts table2 --problems network
+
+paper-short: .venv/dev              ## the same on few images and steps, into out/paper: minutes
+	$(BIN)/python -m benchmarks.proposition1 --short --out out/paper --figures out/paper
+	$(BIN)/python -m benchmarks.table1 --short --out out/paper --figures out/paper --work out/paper/table1
+	$(BIN)/python -m benchmarks.paper_figures --short --out out/paper --figures out/paper
 
 bench-network: .venv/dev            ## the bundled network's loss beside the mixture's: about half an hour
 	$(BIN)/python -m benchmarks.network_loss

@@ -313,3 +313,10 @@ def test_members_are_values():
     assert pickle.loads(pickle.dumps(Generative(deviations=[0.1]))) == Generative(deviations=(0.1,))
     names = [member.name for member in (*FAMILY.values(), Generative(0.0))]
     assert names == ["ddim-eta0.2", "ddpm", "ddpm-sigma-hat", "ddim-deviations", "ddim-eta0"]
+
+
+def test_the_last_step_of_the_quadratic_grid_leaves_what_it_leaves():
+    """From σ = 0.01, however many steps: of the variance along a direction of 0.001, as docs/paper.md says."""
+    off = {eta: np.abs(end(Grid.make("quadratic", LINEAR, 1000), eta)[1] / VARIANCES - 1).max() for eta in (0.0, 1.0)}
+    assert off[0.0] == pytest.approx(0.144, abs=1e-3)
+    assert off[1.0] == pytest.approx(0.221, abs=1e-3)
