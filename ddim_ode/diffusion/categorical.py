@@ -198,7 +198,7 @@ class Chain:
         schedule : NoiseSchedule
             A discrete schedule.
         steps : int, optional
-            S, where τ is a rule; by default 50.
+            S, where τ is a rule; by default 50, or T if that is less.
         tau : str or sequence of int
             ``"linear"`` or ``"quadratic"`` (the paper's D.2, see :meth:`ddim_ode.Grid.make`), or the times, rising.
         eta : float, optional
@@ -210,7 +210,8 @@ class Chain:
         if isinstance(tau, str):
             if tau not in ("linear", "quadratic"):
                 raise ValueError(f'tau must be "linear", "quadratic" or the times themselves, but got {tau!r}')
-            grid = Grid.make(tau, schedule, whole(50 if steps is None else steps, "steps"))
+            steps = min(50, int(schedule.T)) if steps is None else whole(steps, "steps")
+            grid = Grid.make(tau, schedule, steps)
             times = np.rint(schedule.t(grid.sigmas[-2::-1])).astype(np.int64)
         else:
             times = np.asarray(tau)

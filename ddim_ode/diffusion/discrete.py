@@ -209,7 +209,7 @@ def sample(
     states, failed = (torch.cat(tensors, dim) for tensors, dim in zip(zip(*parts, strict=True), (1, 0), strict=True))
     lost = [False] * len(keys) if isinstance(failed, FakeTensor) else failed.tolist()
     status = tuple(Status.NONFINITE if bad else Status.SUCCESS for bad in lost)
-    return Samples(states[-1], status, chain.tau.size, chain, states if trajectory else None)
+    return Samples(states.select(0, -1), status, chain.tau.size, chain, states if trajectory else None)
 
 
 @torch.no_grad()
@@ -319,11 +319,11 @@ def bound(
     ]
     terms, entropies = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     dimensions = math.prod(x_0.shape[1:])
-    # Of a distribution that is the same for all x_0 but for the order of its classes.
-    ends = torch.tensor([(1.0 - chain.alphas[-1]) / field.classes] * field.classes, dtype=torch.float64)
-    ends[0] += chain.alphas[-1]
-    prior = dimensions * float(divergence(ends, torch.full_like(ends, 1.0 / field.classes)).sum())
-    return Bound(chain, torch.full_like(terms[-1], prior), terms, entropies, dimensions)
+    # K q(x_T | x_0) is 1 + (K − 1) α at x_0 and 1 − α elsewhere.
+    alpha, K = float(chain.alphas[-1]), field.classes
+    at, elsewhere = 1.0 + (K - 1.0) * alpha, (K - 1.0) * (1.0 - alpha)
+    prior = dimensions / K * max(0.0, at * math.log(at) + elsewhere * math.log1p(-alpha))
+    return Bound(chain, torch.full_like(terms.select(0, -1), prior), terms, entropies, dimensions)
 
 
 @torch.no_grad()
