@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-slow lint bench bench-adaptive bench-defaults bench-network bench-network-cifar10 bench-peers \
-        bench-memory bench-throughput bench-work-precision bench-training bench-round-trip bench-latents bench-likelihood \
+        bench-memory bench-throughput bench-work-precision bench-training bench-round-trip bench-latents bench-likelihood bench-discrete \
         train train-cifar10 clean
 
 demo: .venv/base                    ## compare solvers on the bundled network: a table, figures and JSON in out/demo
@@ -51,6 +51,9 @@ bench-latents: .venv/dev            ## what latents of images are good for, and 
 
 bench-likelihood: .venv/dev         ## errors of log-densities by calls, bits per dimension of the bundled networks: half an hour
 	$(BIN)/python -m benchmarks.likelihood
+
+bench-discrete: .venv/dev           ## discrete data: joints, bounds and samples by stochasticity, a network trained: half an hour
+	$(BIN)/python -m benchmarks.discrete
 
 bench-network: .venv/dev            ## the bundled network's loss beside the mixture's: about half an hour
 	$(BIN)/python -m benchmarks.network_loss

@@ -181,8 +181,9 @@ def test_a_class_without_probability_is_never_drawn():
     p = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]], dtype=torch.float64).reshape(1, 5, 1).expand(4, 5, 1)
     u = torch.tensor([0.0, 0.3 - 1e-16, 0.5, 1.0 - 2.0**-53], dtype=torch.float64).reshape(4, 1)
     assert draw(p, u).flatten().tolist() == [1, 1, 3, 3]
-    thirds = torch.full((1, 3, 1), 1.0 / 3.0, dtype=torch.float64)  # whose sum need not be 1 to the bit
-    assert draw(thirds, u[3:]).item() == 2
+    tenths = torch.tensor([0.1] * 10 + [0.0], dtype=torch.float64).reshape(1, 11, 1)  # whose sum, rounded, is below 1
+    assert float(tenths.cumsum(1)[0, -1, 0]) == float(u[3]) < 1.0
+    assert draw(tenths, u[3:]).item() == 9
 
 
 def test_a_hundred_thousand_draws_have_their_distribution():
@@ -302,7 +303,7 @@ def test_a_sample_that_fails_keeps_its_last_state_and_its_neighbours():
 
     def model(x, t):
         logits = inner.model(x, t)
-        if int(t[0]) <= 1:
+        if int(t[0]) == 1:  # once: a later answer does not make it good
             logits[1, 2, 0] = math.nan
             logits[3] = -math.inf
         return logits
