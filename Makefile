@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-slow lint bench bench-adaptive bench-defaults bench-network bench-network-cifar10 bench-peers \
         bench-memory bench-throughput bench-work-precision bench-training bench-round-trip bench-latents bench-likelihood \
-        bench-metrics bench-proposition1 bench-table1 bench-paper-figures paper paper-short \
+        bench-metrics bench-discrete bench-proposition1 bench-table1 bench-paper-figures paper paper-short \
         train train-cifar10 clean
 
 demo: .venv/base                    ## compare solvers on the bundled network: a table, figures and JSON in out/demo
@@ -72,6 +72,9 @@ paper-short: .venv/dev              ## the same on few images and steps, into ou
 	$(BIN)/python -m benchmarks.proposition1 --short --out out/paper --figures out/paper
 	$(BIN)/python -m benchmarks.table1 --short --out out/paper --figures out/paper --work out/paper/table1
 	$(BIN)/python -m benchmarks.paper_figures --short --out out/paper --figures out/paper
+
+bench-discrete: .venv/dev           ## discrete data: joints, bounds and samples by stochasticity, a network trained: half an hour
+	$(BIN)/python -m benchmarks.discrete
 
 bench-network: .venv/dev            ## the bundled network's loss beside the mixture's: about half an hour
 	$(BIN)/python -m benchmarks.network_loss
