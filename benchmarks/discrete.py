@@ -11,7 +11,7 @@ and samples are kept in ``out/discrete``, and what is there is not made again. H
 - *digits*: the best predictor of scikit-learn's 1,797 digits at four grey levels. What its right joint distribution draws is one
   of them; how far are samples from the nearest?
 - *training*, *bits*, *quality*: the package's U-Net on Fashion-MNIST at four grey levels; the bound on test images; distances
-  between samples and test images, beside those of as many training images.
+  between samples and test images, beside those of training images in groups as large.
 
 ``multinomial`` is the Markovian diffusion (Hoogeboom et al. 2021, D3PM of Austin et al. 2021) with the same α_t, no member of the
 family: its posterior is a normalised product, q(x_t | x_s) q(x_s | x_0).
@@ -56,6 +56,8 @@ ETAS = (0.0, 0.2, 0.5, 1.0)
 RATE = 5.0
 #: Groups that errors are taken over, and images in each.
 GROUPS, SIZE = 4, 64
+#: Groups of training images, beside which samples are judged.
+FLOOR = 20
 
 #: A member's step: distributions x_t and x_0 (or f_θ) in, that of x_s out; by the index of t in τ.
 Step = Callable[[Tensor, Tensor, int], Tensor]
@@ -309,7 +311,7 @@ def _bits_of(field: DiscreteField, x_0: Tensor, chain: Chain, step: Step) -> Ten
 # -- samples ------------------------------------------------------------------------------------
 def study_quality() -> dict[str, Any]:
     """Distances between samples and 2,000 test images, beside those of training images."""
-    field, test, train = trained(), levels("test")[:2000], levels("train")[: GROUPS * SIZE]
+    field, test, train = trained(), levels("test")[:2000], levels("train")[: FLOOR * SIZE]
     rows = [{"member": "training images", "steps": None} | distances(train, test)]
     for steps in (5, 10, 20, 50, 100):
         names = members(steps)
@@ -328,7 +330,7 @@ def study_quality() -> dict[str, Any]:
                 x = torch.from_numpy(loaded["x"]).long()
             rows.append({"member": name, "steps": steps} | distances(x, test))
             print(rows[-1], flush=True)
-    return {"groups": GROUPS, "size": SIZE, "test_images": len(test), "rows": rows}
+    return {"groups": GROUPS, "size": SIZE, "training_groups": FLOOR, "test_images": len(test), "rows": rows}
 
 
 def distances(x: Tensor, test: Tensor) -> dict[str, list[float]]:
@@ -388,8 +390,8 @@ def figure(record: dict[str, Any], images: dict[str, np.ndarray]) -> Figure:
             panels,
             (
                 ("toy", "total_variation", None, "3 dimensions: total variation"),
-                ("digits", "distance", "error", "digits: pixels off the nearest"),
-                ("quality", "energy", None, "network: energy distance to test images"),
+                ("digits", "distance", "error", "digits: share of pixels off the nearest"),
+                ("quality", "differ", None, "network: share of unlike neighbours"),
             ),
             strict=True,
         ):
@@ -402,9 +404,9 @@ def figure(record: dict[str, Any], images: dict[str, np.ndarray]) -> Figure:
                 panel.errorbar(
                     [row["steps"] for row in line], value, spread, label=label, marker="osD^vP"[i], color=f"C{i}"
                 )
-            panel.set(xscale="log", yscale="log", xlabel="steps S", title=title)
-        floor = next(row for row in record["quality"]["rows"] if row["steps"] is None)["energy"]
-        panels[2].axhspan(max(floor[0] - floor[1], 1e-5), floor[0] + floor[1], color="0.8", label="training images")
+            panel.set(xscale="log", yscale="linear" if part == "quality" else "log", xlabel="steps S", title=title)
+        value, error = next(row for row in record["quality"]["rows"] if row["steps"] is None)["differ"]
+        panels[2].axhspan(value - error, value + error, color="0.8", label="training images")
         panels[2].legend(fontsize=7)
         grid = bottom.subplots(len(SHOWN) + 1, len(COLUMNS))
         for axes in grid.ravel():
