@@ -383,8 +383,8 @@ def keep_images(path: Path, images: int = 8) -> None:
 def figure(record: dict[str, Any], images: dict[str, np.ndarray]) -> Figure:
     """Errors by steps, above samples by member and steps."""
     with matplotlib.rc_context(STYLE):
-        whole = Figure(figsize=(11.0, 8.4), layout="constrained")
-        top, bottom = np.asarray(whole.subfigures(2, 1, height_ratios=(1.0, 1.25)))
+        whole = Figure(figsize=(11.0, 6.6), layout="constrained")
+        top, bottom = np.asarray(whole.subfigures(2, 1, height_ratios=(1.0, 0.85)))
         panels = top.subplots(1, 3)
         for panel, (part, key, error, title) in zip(
             panels,
@@ -405,6 +405,10 @@ def figure(record: dict[str, Any], images: dict[str, np.ndarray]) -> Figure:
                     [row["steps"] for row in line], value, spread, label=label, marker="osD^vP"[i], color=f"C{i}"
                 )
             panel.set(xscale="log", yscale="linear" if part == "quality" else "log", xlabel="steps S", title=title)
+            ticks = sorted({row["steps"] for row in rows if (row["steps"] or 0) > 1})
+            panel.set_xticks(ticks, list(map(str, ticks)))
+            panel.minorticks_off()
+        panels[1].set_ylim(bottom=1e-4)  # below which there are zeros
         value, error = next(row for row in record["quality"]["rows"] if row["steps"] is None)["differ"]
         panels[2].axhspan(value - error, value + error, color="0.8", label="training images")
         panels[2].legend(fontsize=7)
