@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ddim_ode.schedule import NoiseSchedule, whole
 
-__all__ = ["Grid", "grids"]
+__all__ = ["Grid", "check_tau", "grids"]
 
 Array = NDArray[np.float64]
 
@@ -115,18 +115,7 @@ class Grid:
     @staticmethod
     def from_tau(tau: Sequence[int], schedule: NoiseSchedule) -> Grid:
         """The sampling grid over the paper's τ_1 < … < τ_S, times out of 1 … T in rising order, down to σ = 0 (C.1)."""
-        T, given = schedule.T, np.asarray(tau)
-        if not schedule.discrete:
-            raise ValueError("tau counts trained steps, and this schedule is continuous: use Grid.explicit")
-        if given.ndim != 1 or not given.size or given.dtype.kind not in "iu":
-            raise ValueError(f"tau must be whole numbers out of 1 to {T:g}, in rising order, but got {tau!r}")
-        if given.min() < 1 or given.max() > T:
-            raise ValueError(f"tau must lie in 1 to {T:g}, but spans {given.min()} to {given.max()}")
-        falls = np.flatnonzero(np.diff(given.astype(np.int64)) <= 0)
-        if falls.size:
-            i = int(falls[0])
-            raise ValueError(f"tau must rise strictly, but tau[{i}] = {given[i]} is followed by {given[i + 1]}")
-        sigmas = schedule.sigma(given[::-1].astype(np.float64))
+        sigmas = schedule.sigma(check_tau(tau, schedule)[::-1].astype(np.float64))
         return Grid(np.append(sigmas, 0.0), schedule, "tau")
 
     @staticmethod
@@ -183,6 +172,23 @@ class Grid:
                 raise ValueError(f"{option} must be a positive number, but got {value!r}")
         sigmas = _RULES[name](schedule, steps, **options)
         return Grid(np.append(sigmas, 0.0), schedule, name)
+
+
+def check_tau(tau: Any, schedule: NoiseSchedule) -> NDArray[np.int64]:
+    """The paper's τ as an array, refused if it does not rise or leaves 1 … T."""
+    if not schedule.discrete:
+        raise ValueError("tau counts trained steps, and this schedule is continuous: use Grid.explicit")
+    T, given = int(schedule.T), np.asarray(tau)
+    if given.ndim != 1 or not given.size or given.dtype.kind not in "iu":
+        raise ValueError(f"tau must be whole numbers out of 1 to {T}, in rising order, but got {tau!r}")
+    if given.min() < 1 or given.max() > T:
+        raise ValueError(f"tau must lie in 1 to {T}, but spans {given.min()} to {given.max()}")
+    given = given.astype(np.int64)
+    falls = np.flatnonzero(np.diff(given) <= 0)
+    if falls.size:
+        i = int(falls[0])
+        raise ValueError(f"tau must rise strictly, but tau[{i}] = {given[i]} is followed by {given[i + 1]}")
+    return given
 
 
 def grids() -> tuple[str, ...]:

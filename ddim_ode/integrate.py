@@ -108,7 +108,7 @@ def integrate(
     method = get(solver)
     if method.stochastic and (dense or save_at is not None):
         raise ValueError(
-            f"{method.name} adds noise at each step, and has no path between them: leave out dense and save_at"
+            f"{method.name} may add noise at each step, and has no path between them: leave out dense and save_at"
         )
     seed, first = check_seed(seed), whole(first, "first", 0)
     if (gradients or checkpoint) and not method.differentiable:

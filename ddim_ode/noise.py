@@ -48,11 +48,10 @@ def draw(shape: tuple[int, ...], images: Sequence[int], seed: int, step: int = 0
 
     `step` keys streams that have nothing to do with each other: 0 is that of latents.
     """
-    # The counter's first words count the numbers drawn; its last is free to tell the streams apart.
-    drawn = [
-        np.random.Generator(
-            np.random.Philox(key=np.array([seed, i], dtype=np.uint64), counter=[0, 0, 0, step])
-        ).standard_normal(shape)
-        for i in images
-    ]
-    return torch.from_numpy(np.stack(drawn))
+    return torch.from_numpy(np.stack([stream(seed, i, 0, step).standard_normal(shape) for i in images]))
+
+
+def stream(seed: int, image: int, third: int, fourth: int) -> np.random.Generator:
+    """The generator of an image. Its counter's first two words count the numbers drawn; the others tell its streams apart."""
+    key, counter = (np.array(words, dtype=np.uint64) for words in ((seed, image), (0, 0, third, fourth)))
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))

@@ -516,7 +516,9 @@ def plan(
     default = default or DEFAULTS[direction]
     method = get(default.solver if solver is None else solver)
     if method.stochastic and direction == "encode":
-        raise ValueError(f"{method.name} adds noise, and has no encoding: only eta = 0 has, the solver ddim")
+        raise ValueError(
+            f"{method.name} samples only, for noise that is added has no way back: encode by ddim, which is eta = 0"
+        )
     if direction == "sample" and isinstance(method, Inverse):
         method = method.base  # which it is, on the way down
     if method.iterative and nfe is not None:

@@ -14,6 +14,8 @@ from ddim_ode import (
     EpsilonField,
     Generative,
     Grid,
+    Inverse,
+    McCallumFoster,
     NoiseSchedule,
     Status,
     encode,
@@ -285,7 +287,7 @@ def test_bad_input():
         ({"eta": 0.5, "sigma_hat": True}, "sigma_hat is the larger noise of DDPM: it goes with eta = 1"),
         ({"eta": 0.5, "solver": "ddim"}, "leave solver out"),
         ({"sigma_hat": True, "solver": "ddim"}, "leave solver out"),
-        ({"eta": 1.0, "dense": True}, "ddpm adds noise at each step, and has no path between them"),
+        ({"eta": 1.0, "dense": True}, "ddpm may add noise at each step, and has no path between them"),
         ({"eta": 1.0, "save_at": [1.0]}, "has no path between them"),
         ({"eta": 1.0, "first": -1}, "first must be"),
         ({"eta": 1.0, "seed": -1}, "seed must be"),
@@ -299,10 +301,13 @@ def test_bad_input():
             sample(FIELD, latent, steps=5, **options)
     images = torch.zeros(2, 3)
     for run in (encode, round_trip):
-        with pytest.raises(ValueError, match="ddpm adds noise, and has no encoding: only eta = 0 has, the solver ddim"):
+        with pytest.raises(ValueError, match=r"ddpm samples only, .* encode by ddim"):
             run(FIELD, images, steps=5, solver=Generative())
-    with pytest.raises(ValueError, match="ddpm adds noise, and what added noise has no way back"):
+    with pytest.raises(ValueError, match=r"ddpm samples only, .* encode by ddim"):
         integrate(FIELD, images, [0.0, 1.0], Generative())
+    for wrap in (McCallumFoster, Inverse):
+        with pytest.raises(ValueError, match="base must be a solver of fixed steps"):
+            wrap(Generative())
     with pytest.raises(ValueError, match="it goes with eta = 1 and without deviations"):
         Generative(sigma_hat=True, deviations=(0.1,))
     assert FIELD.nfe == 0

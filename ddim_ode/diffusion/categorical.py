@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ddim_ode.grid import Grid
-from ddim_ode.noise import check_seed
+from ddim_ode.grid import Grid, check_tau
+from ddim_ode.noise import check_seed, stream
 from ddim_ode.schedule import NoiseSchedule, is_number, whole
 
 __all__ = ["Chain", "marginal", "noised", "one_hot", "posterior"]
@@ -164,16 +164,7 @@ class Chain:
 
     def __post_init__(self) -> None:
         check_discrete(self.schedule)
-        T, given = int(self.schedule.T), np.asarray(self.tau)
-        if given.ndim != 1 or not given.size or given.dtype.kind not in "iu":
-            raise ValueError(f"tau must be whole numbers out of 1 to {T}, in rising order, but got {self.tau!r}")
-        if given.min() < 1 or given.max() > T:
-            raise ValueError(f"tau must lie in 1 to {T}, but spans {given.min()} to {given.max()}")
-        tau, sigmas = given.astype(np.int64), np.asarray(self.sigmas, dtype=np.float64)
-        falls = np.flatnonzero(np.diff(tau) <= 0)
-        if falls.size:
-            i = int(falls[0])
-            raise ValueError(f"tau must rise strictly, but tau[{i}] = {tau[i]} is followed by {tau[i + 1]}")
+        tau, sigmas = check_tau(self.tau, self.schedule), np.asarray(self.sigmas, dtype=np.float64)
         if sigmas.shape != tau.shape:
             raise ValueError(
                 f"sigmas must be {tau.size} numbers, one for each of tau, but their shape is {sigmas.shape}"
@@ -274,10 +265,7 @@ def divergence(q: Tensor, p: Tensor) -> Tensor:
 
 def uniform(like: Tensor, keys: Sequence[int], seed: int, t: int) -> Tensor:
     """Uniform on [0, 1), float64, of the samples' shape, for images `keys` at time `t`; 0 is that of latents."""
-    drawn = []
-    for i in keys:
-        key, counter = np.array([seed, i], dtype=np.uint64), np.array([0, 0, t, _UNIFORM], dtype=np.uint64)
-        drawn.append(np.random.Generator(np.random.Philox(key=key, counter=counter)).random(tuple(like.shape[1:])))
+    drawn = [stream(seed, i, t, _UNIFORM).random(tuple(like.shape[1:])) for i in keys]
     return torch.from_numpy(np.stack(drawn)).to(like.device)
 
 

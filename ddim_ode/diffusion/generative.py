@@ -51,7 +51,8 @@ class Generative(Solver):
     Notes
     -----
     Its order, 1, is that of the distribution, not of a path: where ε is exact, means and covariances are off by O(step).
-    It has no encoding but for η = 0, which is ``ddim``.
+    It has no encoding but for η = 0, which is ``ddim``. Noise is drawn on the CPU, image by image, and copied to the state's
+    device in each step.
     """
 
     eta: float = 1.0
@@ -102,7 +103,9 @@ class Generative(Solver):
 @lru_cache(maxsize=64)
 def _plan(method: Generative, grid: Grid) -> tuple[_Step, ...]:
     if grid.encoding:
-        raise ValueError(f"{method.name} adds noise, and what added noise has no way back: encode by ddim, its eta = 0")
+        raise ValueError(
+            f"{method.name} samples only, for noise that is added has no way back: encode by ddim, which is eta = 0"
+        )
     sigmas = grid.sigmas
     high, low = sigmas[:-1], sigmas[1:]
     towards, added = split(sigmas, method.eta, method.deviations)

@@ -210,7 +210,7 @@ def named_in(name: str, at: str | Clock) -> str:
 
 def check_one_step(base: Any) -> None:
     """Refuse what is no one-step method: it must keep nothing but the state, and take steps that are known beforehand."""
-    if not isinstance(base, Solver) or not base.budgeted or base.paired or base.states != 1:
+    if not isinstance(base, Solver) or not base.budgeted or base.paired or base.stochastic or base.states != 1:
         got = base.name if isinstance(base, Solver) else repr(base)
         raise ValueError(
             f"base must be a solver of fixed steps that keeps nothing but the state, such as rk4 or ddim, but got {got}"
