@@ -28,7 +28,8 @@ class Status(IntEnum):
     STALLED = 3
     #: A callback stopped the run.
     STOPPED = 4
-    #: An implicit step was not solved to its tolerance; the sample went on from the best state that was found.
+    #: An implicit step was not solved to its tolerance, and the sample went on from the best state that was found; or its
+    #: decoder does not return the image.
     UNCONVERGED = 5
 
 
@@ -47,7 +48,8 @@ class Outcome:
     accepted, rejected : tuple of int
         Its steps.
     residual : tuple of float or None
-        Of an implicit run: by how much the worst of its steps is not solved, in the units of data.
+        Of an implicit run: by how much the worst of its steps is not solved, or, if that is more, by how much the decoder of
+        an :class:`Inverse` then misses the image; in the units of data.
     contraction : tuple of float or None
         Of an implicit run: the largest factor by which a step's iteration was seen to change a difference of states. Below
         one nothing speaks against the step's solution being the only one; above, there may be others.

@@ -34,6 +34,8 @@ Array = NDArray[Any]
 
 #: A sample is given up after so many iterations that have not lessened its residual.
 _PATIENCE = 20
+#: How many tolerances an encoding's residuals may grow to along the decoder's steps before its status says so.
+_RETURN = 10.0
 
 
 # -- the iteration ------------------------------------------------------------------------------
@@ -287,6 +289,10 @@ class Inverse(_Implicit):
 
     Notes
     -----
+    What steps leave below `tol` may add up, and a decoder may multiply it. So the last step of an encoding is followed by a
+    decoding, counted among its calls: an image that does not come back within ten times `tol` has the status
+    ``UNCONVERGED``, and its residual is what it comes back with if that is more than its steps' residuals.
+
     The step of ``ddim`` is :math:`\frac{\sigma'}{\sigma} \bar x + (1 - \frac{\sigma'}{\sigma}) E[x_0 | \bar x]`. For an exact
     ε both parts are gradients of convex functions, so that no two states are sent to one, whatever the contraction; those of
     a network or of other methods may have several solutions. There may be none, for an image that no latent leads to, and
@@ -328,20 +334,37 @@ class Inverse(_Implicit):
 
     def init(self, field: Field, x_bar: Tensor, grid: Grid) -> Any:
         if not grid.encoding:
-            return self.base.init(field, x_bar, grid), None
+            return self.base.init(field, x_bar, grid), None, None
         # A step down to σ = 0 may cost less than others.
         plans = tuple((self.base.init(field, x_bar, step), self.base.calls(step)) for step in self._steps(grid))
-        return self._empty(plans, x_bar, grid), tuple(grid.sigmas.tolist())
+        return self._empty(plans, x_bar, grid), tuple(grid.sigmas.tolist()), x_bar
 
     def outcome(self, state: Any) -> Outcome | None:
         return None if state[1] is None else self._account(state[0])
 
     def step(self, field: Field, x_bar: Tensor, n: int, state: Any) -> tuple[Tensor, Any, Tensor | None]:
-        own, nodes = state
+        own, nodes, start = state
         if nodes is None:
             moved, own, error = self.base.step(field, x_bar, n, own)
-            return moved, (own, None), error
+            return moved, (own, None, None), error
         plan, cost = own.plan[n]
         g = lambda y: y + (x_bar - self.base.step(field, y, 0, plan)[0])
         moved, own = self._solve(g, x_bar, x_bar, (nodes[n], nodes[n + 1]), own, cost)
-        return moved, (own, nodes), None
+        if n + 1 == len(own.plan):
+            own = self._returned(field, moved, start, nodes[0], own)
+        return moved, (own, nodes, start), None
+
+    def _returned(self, field: Field, latent: Tensor, start: Tensor, sigma: float, state: _State) -> _State:
+        """The account after a decoding, which must lead back to where the encoding began."""
+        back = latent
+        for plan, _ in reversed(state.plan):
+            back = self.base.step(field, back, 0, plan)[0]
+        missed = (back - start).flatten(1).square().mean(dim=1).sqrt().double().cpu().numpy() / math.sqrt(1.0 + sigma**2)
+        there = state.status != Status.NONFINITE
+        astray = ~(missed <= _RETURN * self.tol) & (state.status == 0)
+        return replace(
+            state,
+            status=np.where(astray, Status.UNCONVERGED, state.status),
+            nfe=state.nfe + there * sum(cost for _, cost in state.plan),
+            residual=np.where(there, np.fmax(state.residual, missed), state.residual),
+        )
