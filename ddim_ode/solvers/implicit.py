@@ -359,7 +359,9 @@ class Inverse(_Implicit):
         back = latent
         for plan, _ in reversed(state.plan):
             back = self.base.step(field, back, 0, plan)[0]
-        missed = (back - start).flatten(1).square().mean(dim=1).sqrt().double().cpu().numpy() / math.sqrt(1.0 + sigma**2)
+        missed = (back - start).flatten(1).square().mean(dim=1).sqrt().double().cpu().numpy() / math.sqrt(
+            1.0 + sigma**2
+        )
         there = state.status != Status.NONFINITE
         astray = ~(missed <= _RETURN * self.tol) & (state.status == 0)
         return replace(
