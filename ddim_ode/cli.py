@@ -197,11 +197,11 @@ def _sample(o: argparse.Namespace) -> int:
         latent = noise(_shape(field), 16 if o.n is None else o.n, o.seed).to(field.device or "cpu")
     else:
         latent = _latent(o, field)
-    stochastic = _generative(o)
-    options = _run_options(o, field, "sample", solver=stochastic)
+    chosen = _generative(o)
+    options = _run_options(o, field, "sample", solver=chosen)
     _check_out(o, _picture_shape(field), len(latent))
     run = sample(field, latent, n=o.n, seed=o.seed, **options)
-    if o.latent is not None and (stochastic is None or stochastic.eta == 0.0):
+    if o.latent is not None and (chosen is None or not chosen.stochastic):
         o.seed = None  # nothing was drawn
     data.write_images(o.out, _pictures(field, run.x))
     return _report(o, field, {"sample": run})
@@ -747,6 +747,11 @@ def _generative(o: argparse.Namespace) -> Generative | None:
         return None
     if o.solver is not None:
         raise ValueError(f"--eta and --sigma-hat choose the sampler: leave out --solver {o.solver}")
+    for option in ("rtol", "atol"):
+        if getattr(o, option) is not None:
+            raise ValueError(
+                f"--{option} is for solvers that choose their own steps: leave it out with --eta and --sigma-hat"
+            )
     return Generative(1.0 if o.eta is None else o.eta, o.sigma_hat)
 
 
@@ -899,6 +904,8 @@ def _record(o: argparse.Namespace, field: EpsilonField, runs: dict[str, Solution
         record["seed"] = o.seed
     for what, run in runs.items():
         record[what] = {"solver": run.solver, "grid": run.grid.name, "steps": run.grid.steps, "nfe": run.nfe}
+        if isinstance(run.method, Generative):
+            record[what] |= {"eta": run.method.eta, "sigma_hat": run.method.sigma_hat}
         if run.outcome is not None:
             record[what] |= {name: getattr(run.outcome, name) for name in ("accepted", "rejected")}
             record[what] |= {"sample_nfe": run.outcome.nfe}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ddim_ode.schedule import NoiseSchedule, is_number
 
-__all__ = ["COORDINATES", "Codec", "EpsilonField", "PREDICTIONS", "as_epsilon"]
+__all__ = ["COORDINATES", "Codec", "EpsilonField", "PREDICTIONS", "as_epsilon", "check_field"]
 
 Array = NDArray[np.float64]
 
@@ -561,6 +561,14 @@ class EpsilonField:
             return out if plain else a * x_bar + b * out
 
         return evaluate
+
+
+def check_field(field: Any) -> None:
+    """Refuse what is no field."""
+    if not isinstance(field, EpsilonField):
+        raise TypeError(
+            f"field must be an EpsilonField, but got {type(field).__name__}: wrap a network as EpsilonField(model, schedule)"
+        )
 
 
 def _bare(model: nn.Module) -> nn.Module:

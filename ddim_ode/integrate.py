@@ -399,8 +399,8 @@ def _failed(x: Tensor) -> Tensor | None:
     return failed if failed.numel() else None
 
 
-def check_state(field: EpsilonField, x: Tensor, name: str) -> None:
-    """Refuse a state that the run could not use, before any model call."""
+def check_state(field: EpsilonField | None, x: Tensor, name: str) -> None:
+    """Refuse a state that the run, or whatever else has no field, could not use, before any model call."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch tensor, but got {type(x).__name__}: use torch.as_tensor")
     if not x.is_floating_point():
@@ -409,11 +409,11 @@ def check_state(field: EpsilonField, x: Tensor, name: str) -> None:
         )
     if x.ndim < 2 or x.shape[0] < 1:
         raise ValueError(f"{name} must have shape (B, *d) with B >= 1, but its shape is {tuple(x.shape)}")
-    if field.shape is not None and tuple(x.shape[1:]) != field.shape:
+    if field is not None and field.shape is not None and tuple(x.shape[1:]) != field.shape:
         raise ValueError(
             f"{name} must have shape (B, {', '.join(map(str, field.shape))}) for this model, but got {tuple(x.shape)}"
         )
-    if field.device is not None and x.device != field.device:
+    if field is not None and field.device is not None and x.device != field.device:
         raise ValueError(f"{name} is on {x.device}, but the model is on {field.device}: move one of them with .to(...)")
     if not isinstance(x, FakeTensor):
         failed = _failed(x)

@@ -1,4 +1,19 @@
-"""Gaussian noise keyed by (seed, image index): what else is sampled beside an image never changes it."""
+"""Gaussian noise keyed by (seed, image index): what else is sampled beside an image never changes it.
+
+The draws of one seed and image are told apart by the last two words of the generator's counter:
+
+| words | whose |
+|---|---|
+| 0, 0 | latents |
+| 0, n | step n of generation, from 1 |
+| :data:`INFERENCE`, n | level n of the inference family, from 1 |
+| :data:`OBJECTIVE`, n | level n of an objective, from 1 |
+| t, 2⁶³ | uniform draws for data over classes, at time t |
+| k, 1 and 0, 2 | the likelihood's probe k, from 0, and dequantisation |
+
+Two of the likelihood's, (0, 1) and (0, 2), read the bits of generation's first two steps, from which they make signs and uniform
+numbers. No correlation shows, but only another seed makes them independent.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +25,10 @@ from torch import Tensor
 
 from ddim_ode.schedule import whole
 
-__all__ = ["draw", "noise"]
+__all__ = ["INFERENCE", "OBJECTIVE", "draw", "noise"]
+
+#: Whose draws: the third word of the counter, far from the small numbers that count probes and times.
+INFERENCE, OBJECTIVE = 2**63, 2**63 + 1
 
 
 def noise(shape: tuple[int, ...], n: int, seed: int, *, first: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -43,12 +61,12 @@ def check_seed(seed: int) -> int:
     return seed
 
 
-def draw(shape: tuple[int, ...], images: Sequence[int], seed: int, step: int = 0) -> Tensor:
+def draw(shape: tuple[int, ...], images: Sequence[int], seed: int, step: int = 0, whose: int = 0) -> Tensor:
     r"""Unit Gaussian noise for these images, (len(images), \*shape), float64, on the CPU.
 
-    `step` keys streams that have nothing to do with each other: 0 is that of latents.
+    `step` and `whose` key streams of their own: latents have 0 and 0, and generation 0 with its steps from 1.
     """
-    return torch.from_numpy(np.stack([stream(seed, i, 0, step).standard_normal(shape) for i in images]))
+    return torch.from_numpy(np.stack([stream(seed, i, whose, step).standard_normal(shape) for i in images]))
 
 
 def stream(seed: int, image: int, third: int, fourth: int) -> np.random.Generator:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ddim_ode.codes import Code
 from ddim_ode.diffusion.generative import Generative
-from ddim_ode.field import EpsilonField
+from ddim_ode.field import EpsilonField, check_field
 from ddim_ode.grid import Grid, grids
 from ddim_ode.integrate import check_state, integrate, to_dtype
 from ddim_ode.metrics import mse
@@ -117,7 +117,8 @@ def sample(
         belongs to that run's nodes and solver: give ``grid=run.grid`` and the same solver, or a :class:`Code` to :func:`decode`.
     eta, sigma_hat
         The paper's stochastic sampling in place of a solver: η of eq. 16, 0 for ``ddim``, 1 for DDPM; and `sigma_hat` for
-        DDPM's larger noise. See :class:`Generative`, which is also a solver, and :data:`GRID`.
+        DDPM's larger noise, of which the last step leaves some in the image, unless it leaves the first trained level.
+        See :class:`Generative`, which is also a solver, and :data:`GRID`.
     first : int
         Index of the first image: what is drawn for the batch is what a larger batch would have from there on.
 
@@ -136,10 +137,7 @@ def sample(
     LatentWarning
         If a latent's spread is far from a unit Gaussian's, as an image's is.
     """
-    if eta is not None or sigma_hat:
-        if solver is not None:
-            raise ValueError("eta and sigma_hat choose the sampler: leave solver out, or give it a Generative")
-        solver = Generative(1.0 if eta is None else eta, sigma_hat)
+    solver = _chosen(solver, eta, sigma_hat)
     method, nodes = plan(field, "sample", solver, grid, steps, nfe)
     if latent is None:
         if n is None:
@@ -161,6 +159,15 @@ def sample(
     return _in_batches(field, start, second, nodes, method, batch_size, options)
 
 
+def _chosen(solver: str | Solver | None, eta: float | None, sigma_hat: bool) -> str | Solver | None:
+    """The solver that these three name."""
+    if eta is None and not sigma_hat:
+        return solver
+    if solver is not None:
+        raise ValueError("eta and sigma_hat choose the sampler: leave solver out, or give it a Generative")
+    return Generative(1.0 if eta is None else eta, sigma_hat)
+
+
 def decode(field: EpsilonField, latent: Tensor | Code, *, force: bool = False, **options: Any) -> Solution:
     r"""From latents back to data.
 
@@ -172,7 +179,8 @@ def decode(field: EpsilonField, latent: Tensor | Code, *, force: bool = False, *
         x_T, (B, \*d): then this is :func:`sample`. Or a :class:`Code`, which is decoded by the solver that made it over the same
         nodes and from both states, if it has two.
     force : bool
-        Decode a code though the model is another, or `options` name another solver or grid.
+        Decode a code though the model is another, or `options` name another solver, which `eta` and `sigma_hat` do too, or
+        another grid.
     **options
         As for :func:`sample`. For a code ``dtype`` is by default that of its latents.
 
@@ -186,24 +194,27 @@ def decode(field: EpsilonField, latent: Tensor | Code, *, force: bool = False, *
             raise ValueError("force is for codes, and a latent was given: leave it out")
         return sample(field, latent, **options)
     code, chosen = latent, check_code(field, latent, force=force, **options)
-    keep = {name: value for name, value in options.items() if name not in _CHOICES}
+    keep = {name: value for name, value in options.items() if name not in (*_SOLVER, *_NODES)}
     run = sample(field, code.latent, **({"dtype": code.latent.dtype} | keep | chosen))
     return replace(run, status=tuple(before or after for before, after in zip(code.status, run.status, strict=True)))
 
 
-_CHOICES = ("solver", "grid", "steps", "nfe")
+_SOLVER = ("solver", "eta", "sigma_hat")
+_NODES = ("grid", "steps", "nfe")
 
 
 def check_code(field: EpsilonField, code: Code, *, force: bool = False, **options: Any) -> dict[str, Any]:
     """What :func:`decode` would give :func:`sample` for a code; it refuses what :func:`decode` does."""
-    named = {name: options[name] for name in _CHOICES if options.get(name) is not None}
+    named = {name: options[name] for name in _NODES if options.get(name) is not None}
     differ = code.differences(field)
-    solver, nodes = get(named.get("solver", code.solver)), code.grid
-    if named.keys() - {"solver"}:
+    solver = get(_chosen(options.get("solver"), options.get("eta"), options.get("sigma_hat", False)) or code.solver)
+    nodes = code.grid
+    if named:
         # What is not named is the code's own, and a budget is counted on the way up, as it was when the code was made.
         rule = named.get("grid", code.grid.name if code.grid.name in grids() else None)
-        nodes = plan(field, "encode", solver, rule, named.get("steps"), named.get("nfe"))[1]
-    nodes = nodes.reversed()
+        way = "sample" if solver.stochastic else "encode"  # there is no way up
+        nodes = plan(field, way, solver, rule, named.get("steps"), named.get("nfe"))[1]
+    nodes = nodes.reversed() if nodes.encoding else nodes
     same = solver == code.solver
     if not same:
         differ.append(
@@ -509,10 +520,7 @@ def plan(
 
     `default` stands in for that of the direction. The other arguments, and what is refused, are as for :func:`sample`.
     """
-    if not isinstance(field, EpsilonField):
-        raise TypeError(
-            f"field must be an EpsilonField, but got {type(field).__name__}: wrap a network as EpsilonField(model, schedule)"
-        )
+    check_field(field)
     default = default or DEFAULTS[direction]
     method = get(default.solver if solver is None else solver)
     if method.stochastic and direction == "encode":

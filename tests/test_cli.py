@@ -89,9 +89,14 @@ def test_sample_with_noise(model, images, tmp_path, capsys):
     field = ddim_ode.load(model)
     found, record = drawn("a.npy", "--eta", "1", "--seed", "4")
     np.testing.assert_allclose(found, ddim_ode.sample(field, n=3, seed=4, nfe=6, eta=1.0).x.numpy(), atol=1e-6)
-    assert (record["sample"]["solver"], record["sample"]["grid"], record["seed"]) == ("ddpm", "quadratic", 4)
+    assert record["seed"] == 4
+    assert record["sample"] == {
+        "solver": "ddpm", "grid": "quadratic", "steps": 6, "nfe": 6, "eta": 1.0, "sigma_hat": False
+    }  # fmt: skip
     larger, record = drawn("b.npy", "--sigma-hat", "--seed", "4", "--grid", "linear")
-    assert (record["sample"]["solver"], record["sample"]["grid"]) == ("ddpm-sigma-hat", "linear")
+    assert record["sample"] == {
+        "solver": "ddpm-sigma-hat", "grid": "linear", "steps": 6, "nfe": 6, "eta": 1.0, "sigma_hat": True
+    }  # fmt: skip
     assert np.abs(larger - found).max() > 1e-3
     # From given latents the noise is still drawn by the seed; without noise nothing is.
     latent = str(tmp_path / "z.npy")
@@ -101,12 +106,21 @@ def test_sample_with_noise(model, images, tmp_path, capsys):
     np.testing.assert_allclose(again, found, atol=1e-6)
     still, record = drawn("d.npy", "--eta", "0", "--latent", latent)
     assert record["seed"] is None
-    np.testing.assert_allclose(still, drawn("e.npy", "--solver", "ddim", "--latent", latent)[0], atol=1e-6)
+    assert record["sample"]["eta"] == 0.0
+    plain, record = drawn("e.npy", "--solver", "ddim", "--latent", latent)
+    np.testing.assert_allclose(still, plain, atol=1e-6)
+    assert record["sample"].keys() == {"solver", "grid", "steps", "nfe"}
+    # A name says η to six digits, a record all of it.
+    _, record = drawn("f.npy", "--eta", "0.12345678901")
+    assert record["sample"]["eta"] == 0.12345678901
     for more, said in (
         (["--eta", "-1"], "eta must be a number of at least 0"),
         (["--eta", "3"], "eta = 3 makes the variance"),
         (["--eta", "0.5", "--sigma-hat"], "it goes with eta = 1"),
         (["--eta", "0.5", "--solver", "ab2"], "leave out --solver ab2"),
+        (["--eta", "1", "--rtol", "1e-3"], "--rtol is for solvers that choose their own steps"),
+        (["--sigma-hat", "--atol", "1e-3"], "--atol is for solvers that choose their own steps"),
+        (["--solver", "ddpm"], "chosen by eta=, 1 for DDPM, or sigma_hat=True, at the terminal --eta and --sigma-hat"),
     ):
         assert main([*common, "--out", str(tmp_path / "new" / "x.npy"), *more]) == 2
         assert said in capsys.readouterr().err

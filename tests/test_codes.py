@@ -25,6 +25,7 @@ from ddim_ode import (
     EpsilonField,
     Flow,
     Gaussian,
+    Generative,
     ImplicitMidpoint,
     Inverse,
     McCallumFoster,
@@ -436,6 +437,26 @@ def test_another_solver_or_grid_is_refused(code, options, said):
     bits(forced.x, sample(FIELD, code.latent, **(grid | {"solver": named})).x)
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"eta": 1.0}, "ddpm"), ({"sigma_hat": True}, "ddpm-sigma-hat"), ({"eta": 0.0}, "ddim-eta0"), ({"eta": 0.3}, "ddim-eta0.3")],
+)  # fmt: skip
+def test_noise_is_another_solver(code, options, named):
+    with pytest.raises(ValueError, match=rf"solver is {named}, was {code.solver.name}\. force=True decodes"):
+        decode(FIELD, code, **options)
+    down = code.grid.reversed()
+    forced = decode(FIELD, code, force=True, seed=3, **options)
+    assert (forced.solver, forced.grid) == (named, down)
+    bits(forced.x, sample(FIELD, code.latent, grid=down, seed=3, **options).x)
+    # Nodes of its own it has too.
+    forced = decode(FIELD, code, force=True, steps=7, grid="linear", **options)
+    bits(forced.x, sample(FIELD, code.latent, grid="linear", steps=7, **options).x)
+    with pytest.raises(ValueError, match="leave solver out"):
+        decode(FIELD, code, force=True, solver="ddim", **options)
+    same = decode(FIELD, code, eta=None, sigma_hat=False)
+    bits(same.x, decode(FIELD, code).x)
+
+
 def test_the_same_solver_and_grid_may_be_said_again(code):
     plain = decode(FIELD, code).x
     for options in (
@@ -505,12 +526,15 @@ MADE_UP = [
     get("ab3-rk"),
     get("mf-dpm2s"),
     get("inverse-heun-edm"),
+    Generative(0.0),
+    Generative(deviations=(0.5, 0.0)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("solver", [*solvers(), *MADE_UP], ids=lambda s: s.name)
 def test_solvers_are_plain_data(solver):
     text = json.dumps(to_config(solver), allow_nan=False)
+    assert '"_' not in text  # what a run knows is none of it
     read = from_config(json.loads(text))
     assert read == solver
     assert type(read) is type(solver)

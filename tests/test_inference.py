@@ -9,8 +9,9 @@ import pytest
 import torch
 from scipy.stats import multivariate_normal
 
-from ddim_ode import Grid, NoiseSchedule
+from ddim_ode import EpsilonField, Grid, NoiseSchedule, noise, sample
 from ddim_ode.diffusion.inference import Inference
+from ddim_ode.diffusion.objective import l_gamma
 
 LINEAR = NoiseSchedule.linear()
 TAU = (1, 4, 30, 200, 600, 1000)
@@ -46,9 +47,17 @@ def covariance(member):
 
 
 # -- marginals ------------------------------------------------------------------------------------
-@members
-def test_marginals_are_kept_by_the_numbers(member):
-    np.testing.assert_allclose(np.diag(covariance(member)), 1 - ALPHA, rtol=1e-12)
+@pytest.mark.parametrize("forward", [False, True])
+@pytest.mark.parametrize(
+    "member", [*MEMBERS.values(), *(Inference(Grid.make("quadratic", LINEAR, 100), eta) for eta in (0.1, 1.0))]
+)
+def test_marginals_are_kept_by_the_numbers(member, forward):
+    """The error of x̄ at each level, propagated exactly by the package's conditionals, has the variance σ²."""
+    variance, count = 0.0, len(member.levels)
+    for n in range(count - 1, -1, -1) if forward else range(count):
+        mean, spread = member._conditional(n, forward)
+        variance = mean**2 * variance + spread**2
+        assert variance == pytest.approx(member.levels[n] ** 2, rel=1e-11)
 
 
 @members
@@ -100,8 +109,17 @@ def test_factorisations_agree_over_many_levels(member):
 
 def test_without_noise_there_is_no_density():
     clean = torch.zeros(1, 2)
-    with pytest.raises(ValueError, match=r"no density: with eta = 0 a step to sigma = 6\.1.* adds no noise"):
-        MEMBERS["eta=0"].log_density(clean, MEMBERS["eta=0"].sample(clean))
+    for forward in (False, True):
+        with pytest.raises(
+            ValueError,
+            match=r"q has no density, for the step from sigma = 157\.4\d* to 6\.1\d* adds no noise: take eta > 0",
+        ):
+            MEMBERS["eta=0"].log_density(clean, MEMBERS["eta=0"].sample(clean), forward=forward)
+        with pytest.raises(
+            ValueError,
+            match=r"no density, for the step from sigma = 0\.108\d* to 0\.022\d* adds no noise: take deviations\[3\] > 0",
+        ):
+            MEMBERS["free"].log_density(clean, MEMBERS["free"].sample(clean), forward=forward)
 
 
 # -- the two ends of the family -------------------------------------------------------------------
@@ -141,6 +159,26 @@ def test_an_image_does_not_hang_on_its_batch():
     assert not torch.equal(MEMBERS["eta=1"].sample(clean, seed=8), whole)
 
 
+def test_equal_seeds_draw_other_noise_elsewhere():
+    """Of inference, generation and objectives: else what made x_T would be added again on the way down."""
+    count, zero = 4000, EpsilonField.from_sigma(lambda x, s: torch.zeros_like(x), LINEAR, shape=(1,))
+    clean, levels = torch.zeros(count, 1, dtype=torch.float64), torch.from_numpy(GRID.sigmas[:-1].copy())
+    # Where ε is 0, what a step of generation adds to x̄ is its noise.
+    down = sample(zero, torch.zeros_like(clean), grid=GRID, eta=1.0, trajectory=True).trajectory.diff(dim=0)[:-1]
+    x_bar = MEMBERS["eta=1"].sample(clean) * (1.0 + levels**2).sqrt().reshape(-1, 1, 1)
+    own = [x_bar[0]]
+    for n in range(1, len(levels)):
+        mean, _ = MEMBERS["eta=1"]._conditional(n, False)
+        own.append(x_bar[n] - mean * x_bar[n - 1])
+    asked = []
+    watched = EpsilonField.from_sigma(lambda x, s: asked.append(x) or torch.zeros_like(x), LINEAR, shape=(1,))
+    l_gamma(watched, clean, levels)
+    rows = torch.cat([noise((1,), count, 0)[None], down, torch.stack(own), torch.stack(asked)]).squeeze(-1)
+    assert rows.shape == (1 + 5 + 6 + 6, count)
+    off = torch.corrcoef(rows).fill_diagonal_(0.0).abs()
+    assert float(off.max()) < 5.0 / math.sqrt(count)
+
+
 # -- what cannot be ---------------------------------------------------------------------------------
 def test_bad_input():
     with pytest.raises(ValueError, match=r"eta must be a number of at least 0.*got -0\.5"):
@@ -164,15 +202,33 @@ def test_bad_input():
         match=r"eta = 1\.5 makes the variance 1 - alpha - deviation² negative in 5 of 5 steps, worst in step 1",
     ):
         Inference(GRID, 1.5)
-    for bad in ((0.1, 0.2), (0.1, 0.1, 0.1, 0.1, -0.1), (0.1, 0.1, math.nan, 0.1, 0.1)):
-        with pytest.raises(ValueError, match="deviations must be 5 finite numbers of at least 0"):
+    with pytest.raises(ValueError, match=r"deviations must be 5 finite numbers of at least 0, .* but got 2"):
+        Inference(GRID, deviations=(0.1, 0.2))
+    for bad in ((0.1, 0.1, 0.1, 0.1, -0.1), (0.1, 0.1, math.nan, 0.1, 0.1), 0.1, ("a", 1), [[0.1], [0.1, 0.2]]):
+        with pytest.raises(ValueError, match="deviations must be finite numbers of at least 0, one a step, but got"):
             Inference(GRID, deviations=bad)
+    with pytest.raises(ValueError, match=r"deviations stand in place of eta, but got both, and eta = 0\.3"):
+        Inference(GRID, 0.3, deviations=most)
+    with pytest.raises(TypeError, match="grid must be a Grid, but got list"):
+        Inference([1.0, 0.0])
     with pytest.raises(ValueError, match="grid must fall"):
         Inference(GRID.reversed())
-    with pytest.raises(ValueError, match="x_0 must be images as floats"):
-        MEMBERS["eta=1"].sample(torch.zeros(2, 3, dtype=torch.int64))
+    member, images = MEMBERS["eta=1"], torch.zeros(2, 3)
+    lost = torch.tensor([[0.0, 1.0, 2.0], [0.0, math.nan, 1.0]])
+    for act in (member.sample, lambda x_0: member.log_density(x_0, torch.zeros(6, 2, 3))):
+        with pytest.raises(TypeError, match="x_0 must hold floats"):
+            act(images.long())
+        with pytest.raises(TypeError, match="x_0 must be a torch tensor"):
+            act(images.tolist())
+        with pytest.raises(ValueError, match="x_0 must be finite, but sample 1 hold NaN"):
+            act(lost)
     with pytest.raises(ValueError, match=r"x must hold all 6 levels, shape \(6, 2, 3\), but its shape is \(2, 3\)"):
-        MEMBERS["eta=1"].log_density(torch.zeros(2, 3), torch.zeros(2, 3))
+        member.log_density(images, images)
+    for bad, said in (([[1.0]], "list"), (torch.zeros(6, 2, 3, dtype=torch.int64), r"torch\.int64")):
+        with pytest.raises(TypeError, match=f"x must be a tensor of floats, but got {said}"):
+            member.log_density(images, bad)
+    with pytest.raises(ValueError, match="x is on meta, but x_0 is on cpu"):
+        member.log_density(images, torch.zeros(6, 2, 3, device="meta"))
 
 
 def test_tau():

@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.distributions import Normal, kl_divergence
 
 import ddim_ode
-from ddim_ode import EpsilonField, Grid, NoiseSchedule
+from ddim_ode import EpsilonField, Generative, Grid, NoiseSchedule, Status
 from ddim_ode.data import as_tensor, bundled_images
 from ddim_ode.diffusion.inference import Inference
 from ddim_ode.diffusion.objective import constant, gamma, l_gamma, variational_bound
@@ -116,12 +117,40 @@ def test_theorem_1_in_closed_form(member, last):
     assert np.ptp(values) > 1.0
 
 
+def by_the_divergences(field, clean, member, last, seed):
+    """J_σ by torch's divergences: of eq. 7's normals from those about the means that the sampler steps to, (S,) rows and a prior.
+
+    The draws are those that `variational_bound` asks the field about.
+    """
+    asked = []
+    watched = EpsilonField.from_sigma(lambda x, s: asked.append((x, s)) or field(x, s), LINEAR, shape=(2,))
+    variational_bound(watched, clean, member, last, seed=seed)
+    free = None if member.deviations is None else (*member.deviations, 0.0)
+    steps = Generative(member.eta, deviations=free).plan(GRID)
+    own, rows = deviations(member), []
+    prior = kl_divergence(Normal(math.sqrt(ALPHA[-1]) * clean, math.sqrt(1 - ALPHA[-1])), Normal(0.0, 1.0)).sum(1)
+    for (x_bar, sigma), step, i in zip(asked, steps, range(len(TAU) - 1, -1, -1), strict=True):
+        moved = x_bar + step.slope * field(x_bar, sigma)  # x̄ at the next level, but for noise
+        if i == 0:
+            rows.append(-Normal(moved, last).log_prob(clean).sum(1))
+            continue
+        towards = math.sqrt(max(1 - ALPHA[i - 1] - own[i - 1] ** 2, 0.0))
+        away = (x_bar * math.sqrt(ALPHA[i]) - math.sqrt(ALPHA[i]) * clean) / math.sqrt(1 - ALPHA[i])
+        mean = math.sqrt(ALPHA[i - 1]) * clean + towards * away
+        rows.append(kl_divergence(Normal(mean, own[i - 1]), Normal(math.sqrt(ALPHA[i - 1]) * moved, own[i - 1])).sum(1))
+    return torch.stack(rows).numpy(), prior.numpy()
+
+
 @members
 @pytest.mark.parametrize("name", FIELDS)
 def test_theorem_1_draw_by_draw(member, name):
-    """The same draws in both: their difference is the constant for each image, to rounding."""
+    """J_σ is eq. 11's divergences; and by the same draws its difference from L_γ is the constant, for each image, to rounding."""
     last = 0.02
     bound = variational_bound(FIELDS[name], DATA, member, last, seed=4)
+    rows, prior = by_the_divergences(FIELDS[name], DATA.double(), member, last, 4)
+    np.testing.assert_allclose(bound.terms, rows.mean(axis=1), rtol=1e-8)
+    np.testing.assert_allclose(bound.each, rows.sum(axis=0) + prior, rtol=1e-8)
+    assert bound.prior == pytest.approx(prior.mean(), rel=1e-8)
     simple = l_gamma(FIELDS[name], DATA, member.levels, gamma(member, last), seed=4)
     wanted = np.array([constant(member, last, float(x.square().sum()), 2) for x in DATA.double()])
     np.testing.assert_allclose(bound.each - simple.each, wanted, rtol=1e-8, atol=1e-9 * np.abs(bound.each).max())
@@ -187,6 +216,43 @@ def test_standard_errors_are_the_spread_between_seeds():
     assert math.isnan(l_gamma(FIELDS["odd"], DATA[:1], [0.3]).standard_error)
 
 
+@pytest.mark.parametrize("batch_size", [None, 7])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_failed_image_leaves_the_others_their_objective(value, batch_size):
+    """What is said of the others is what is said of them alone."""
+    member, lost = MEMBERS["eta=1"], [3, 17]
+    keep = np.setdiff1d(np.arange(40), lost)
+    data = DATA[:40].clone()
+    data[lost] = 50.0
+
+    def field(wrong):
+        def eps(x, sigma):
+            out = torch.cos(x.flip(1))
+            if sigma < 1.0:
+                out[x.abs().amax(dim=1) > 30.0] *= wrong
+            return out
+
+        return EpsilonField.from_sigma(eps, LINEAR, shape=(2,))
+
+    for measure in (
+        lambda f, x, **options: variational_bound(f, x, member, 0.02, **options),
+        lambda f, x, **options: l_gamma(f, x, member.levels, [0.0, 0.5, 2.0, 0.0, 1.0], **options),
+    ):
+        found, clean = measure(field(value), data, batch_size=batch_size), measure(field(1.0), data)
+        assert [i for i, status in enumerate(found.status) if status is Status.NONFINITE] == lost
+        assert (found.success, clean.success) == (False, True)
+        assert np.isnan(found.each[lost]).all()
+        np.testing.assert_allclose(found.each[keep], clean.each[keep], rtol=1e-12)
+        assert found.value == pytest.approx(clean.each[keep].mean(), rel=1e-12)
+        assert found.standard_error == pytest.approx(clean.each[keep].std(ddof=1) / math.sqrt(38), rel=1e-12)
+        assert found.prior + found.terms.sum() == pytest.approx(found.value, rel=1e-12)
+        assert np.isfinite(found.standard_errors).all()
+        # With none left there is no mean, and it says so.
+        none = measure(field(value), data[lost])
+        assert none.status == (Status.NONFINITE,) * 2
+        assert np.isnan([none.value, none.standard_error, none.prior, *none.terms, *none.standard_errors]).all()
+
+
 def test_batches_change_nothing():
     member = MEMBERS["eta=1"]
     whole = variational_bound(FIELDS["odd"], DATA, member, 0.02, seed=2)
@@ -212,21 +278,61 @@ def test_on_a_network():
 def test_bad_input():
     field = FIELDS["odd"]
     field.nfe = 0
-    with pytest.raises(ValueError, match=r"every step must add noise.*from sigma = 157\.4.* adds none: take eta > 0"):
-        variational_bound(field, DATA, Inference(GRID, 0.0), 0.02)
+    still = Inference(GRID, deviations=(0.3, 0.4, 0.0, 0.005))
+    for member, said in (
+        (Inference(GRID, 0.0), r"157\.4\d* to 6\.1\d* adds no noise: take eta > 0"),
+        (still, r"0\.518\d* to 0\.076\d* adds no noise: take deviations\[2\] > 0"),
+    ):
+        with pytest.raises(ValueError, match=rf"the objective is infinite, for the step from sigma = {said}"):
+            variational_bound(field, DATA, member, 0.02)
+    for act in (
+        lambda: variational_bound(field, DATA, None, 0.02),
+        lambda: gamma(None, 0.02),
+        lambda: constant(None, 0.02, 1.0, 2),
+    ):
+        with pytest.raises(TypeError, match="member must be an Inference, but got NoneType"):
+            act()
+    for moment, size, said in ((-3.0, 2, "second_moment must be"), (1.0, -1, "size must be")):
+        with pytest.raises(ValueError, match=said):
+            constant(MEMBERS["eta=1"], 0.02, moment, size)
+    other = Inference(Grid.make("linear", NoiseSchedule.cosine(), 5))
+    with pytest.raises(ValueError, match=r"the member's grid was made for .*cosine.*, but the field has .*linear"):
+        variational_bound(field, DATA, other, 0.02)
+    for measure in (
+        lambda f, x, **options: l_gamma(f, x, [1.0], **options),
+        lambda f, x, **options: variational_bound(f, x, MEMBERS["eta=1"], 0.02, **options),
+    ):
+        with pytest.raises(TypeError, match="x_0 must be a torch tensor, but got list"):
+            measure(field, [[1.0, 2.0]])
+        with pytest.raises(TypeError, match="field must be an EpsilonField, but got function"):
+            measure(lambda x, t: x, DATA)
+        for options, said in (({"seed": -1}, "seed must be"), ({"batch_size": 0}, "batch_size must be")):
+            with pytest.raises(ValueError, match=said):
+                measure(field, DATA, **options)
     for last in (0.0, -1.0, math.nan, None):
         with pytest.raises(ValueError, match="last, the deviation of the last step, must be a positive number"):
             variational_bound(field, DATA, MEMBERS["eta=1"], last)
-    for sigmas in ([], [0.0, 1.0], [[1.0]]):
-        with pytest.raises(ValueError, match="sigmas must be noise levels above 0"):
+    for sigmas in (
+        [],
+        [0.0, 1.0],
+        [[1.0]],
+        [math.inf],
+        [math.nan],
+        [1.0, 157.5],
+        ["1"],
+        [[1.0], [1.0, 2.0]],
+        None,
+        1.0,
+    ):
+        with pytest.raises(ValueError, match=r"sigmas must be noise levels above 0 and up to 157\.407"):
             l_gamma(field, DATA, sigmas)
-    for weights in ([1.0, 2.0], -1.0, [1.0, -1.0, 1.0]):
+    for weights in ([1.0, 2.0], -1.0, [1.0, -1.0, 1.0], "a", math.nan, math.inf, None):
         with pytest.raises(ValueError, match="weights must be one number of at least 0, or one for each of 3 levels"):
             l_gamma(field, DATA, [1.0, 2.0, 3.0], weights)
     with pytest.raises(ValueError, match="x_0 must have shape"):
         l_gamma(field, torch.zeros(2, 5), [1.0])
     with pytest.raises(ValueError, match="x_0 must be finite"):
         l_gamma(field, torch.full((2, 2), math.nan), [1.0])
-    with pytest.raises(ValueError, match="batch_size must be"):
-        l_gamma(field, DATA, [1.0], batch_size=0)
     assert field.nfe == 0
+    # The schedule's last level in float32 is that level.
+    assert l_gamma(field, DATA, [float(np.nextafter(np.float32(LINEAR.sigma_max), np.float32(200.0)))]).success

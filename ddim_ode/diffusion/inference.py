@@ -24,19 +24,38 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddim_ode.grid import Grid
-from ddim_ode.noise import check_seed, draw
+from ddim_ode.integrate import check_state
+from ddim_ode.noise import INFERENCE, check_seed, draw
 from ddim_ode.schedule import is_number, whole
 
-__all__ = ["Inference", "check_eta", "split"]
+__all__ = ["Inference", "as_numbers", "check_noise", "check_spreads", "split"]
 
 Array = NDArray[np.float64]
 
 
-def check_eta(eta: Any) -> float:
-    """η as a float; it must be a number and not negative."""
+def as_numbers(given: Any) -> Array:
+    """What was given, as float64; one NaN, if there is anything but numbers in it."""
+    if isinstance(given, Tensor):
+        given = given.detach().cpu().tolist()  # in bfloat16 too, which numpy has not got
+    try:
+        found = np.asarray(given)
+    except (TypeError, ValueError):  # rows of several lengths
+        return np.array([math.nan])
+    return found.astype(np.float64) if found.dtype.kind in "fiu" else np.array([math.nan])
+
+
+def check_noise(eta: Any, deviations: Any) -> tuple[float, tuple[float, ...] | None]:
+    """η, a number that is not negative, and the deviations that may stand in its place, as plain floats."""
     if not is_number(eta) or not 0.0 <= eta < math.inf:
         raise ValueError(f"eta must be a number of at least 0, 0 for no noise and 1 for DDPM's, but got {eta!r}")
-    return float(eta)
+    if deviations is None:
+        return float(eta), None
+    if eta != 1.0:
+        raise ValueError(f"deviations stand in place of eta, but got both, and eta = {eta:g}: leave one of them out")
+    numbers = as_numbers(deviations)
+    if numbers.ndim != 1 or not np.all(np.isfinite(numbers) & (numbers >= 0.0)):
+        raise ValueError(f"deviations must be finite numbers of at least 0, one a step, but got {deviations!r}")
+    return 1.0, tuple(numbers.tolist())
 
 
 def split(sigmas: Array, eta: float, deviations: Sequence[float] | None = None) -> tuple[Array, Array]:
@@ -58,10 +77,10 @@ def split(sigmas: Array, eta: float, deviations: Sequence[float] | None = None) 
         left = low**2 * ((1.0 - eta) * (1.0 + eta) + (eta * low / high) ** 2)
     else:
         said, given = "deviations", np.asarray(deviations, dtype=np.float64)
-        if given.shape != low.shape or not np.all(np.isfinite(given) & (given >= 0.0)):
+        if given.shape != low.shape:
             raise ValueError(
                 f"deviations must be {low.size} finite numbers of at least 0, one a step, from sigma = {sigmas[0]:.6g} down, "
-                f"but got {deviations!r}"
+                f"but got {given.size}"
             )
         spread = given * np.sqrt(1.0 + low**2)
         left = np.where(low > 0.0, (low - spread) * (low + spread), 0.0)
@@ -91,8 +110,9 @@ class Inference:
 
     Raises
     ------
-    ValueError
-        If a variance is negative: the step, and by how much.
+    ValueError, TypeError
+        If a variance is negative: the step, and by how much. Or if an argument cannot be used, such as `deviations` beside an
+        `eta`.
 
     Notes
     -----
@@ -104,9 +124,13 @@ class Inference:
     deviations: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "eta", check_eta(self.eta))
-        if self.deviations is not None:
-            object.__setattr__(self, "deviations", tuple(self.deviations))
+        eta, deviations = check_noise(self.eta, self.deviations)
+        object.__setattr__(self, "eta", eta)
+        object.__setattr__(self, "deviations", deviations)
+        if not isinstance(self.grid, Grid):
+            raise TypeError(
+                f"grid must be a Grid, but got {type(self.grid).__name__}: use Grid.from_tau, Grid.make or Grid.explicit"
+            )
         if self.grid.encoding:
             raise ValueError(
                 f"grid must fall, from the latent's level down, but got {self.grid!r}: use grid.reversed()"
@@ -126,7 +150,8 @@ class Inference:
         x_0 : Tensor
             Images (B, \*d).
         seed, first : int
-            Image i draws by (`seed`, `first` + i) and the level, whatever the batch.
+            Image i draws by (`seed`, `first` + i) and the level, whatever the batch. Generation by the same seed draws other
+            noise.
         forward : bool
             Draw by eq. 8, from x_{τ_1} up, not by eq. 6, from x_{τ_S} down. The two have one distribution.
 
@@ -134,13 +159,20 @@ class Inference:
         -------
         Tensor
             (S, B, \*d), float64, x at :attr:`levels`.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If an argument cannot be used, such as images that hold NaN.
         """
-        seed, first, clean = check_seed(seed), whole(first, "first", 0), self._clean(x_0)
+        seed, first = check_seed(seed), whole(first, "first", 0)
+        check_state(None, x_0, "x_0")
+        clean = x_0.double()
         order = range(len(self.levels) - 1, -1, -1) if forward else range(len(self.levels))
         chain: list[Tensor] = [clean] * len(self.levels)
         error: Tensor | None = None
         for n in order:
-            z = draw(tuple(x_0.shape[1:]), range(first, first + x_0.shape[0]), seed, n + 1).to(clean.device)
+            z = draw(tuple(x_0.shape[1:]), range(first, first + x_0.shape[0]), seed, n + 1, INFERENCE).to(clean.device)
             error = self._next(error, n, forward, z)
             chain[n] = (clean + error) / math.sqrt(1.0 + self.levels[n] ** 2)
         return torch.stack(chain)
@@ -180,22 +212,26 @@ class Inference:
 
         Raises
         ------
-        ValueError
-            If a step adds no noise, as all do for η = 0: there is no density then.
+        ValueError, TypeError
+            If a step adds no noise, as all do for η = 0: there is no density then. Or if an argument cannot be used.
         """
-        clean, sigmas = self._clean(x_0), self.levels
+        check_state(None, x_0, "x_0")
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(
+                f"x must be a tensor of floats, but got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
+            )
+        clean, sigmas = x_0.double(), self.levels
         if x.shape != (len(sigmas), *x_0.shape):
             raise ValueError(
                 f"x must hold all {len(sigmas)} levels, shape {(len(sigmas), *x_0.shape)}, but its shape is {tuple(x.shape)}"
             )
+        if x.device != x_0.device:
+            raise ValueError(f"x is on {x.device}, but x_0 is on {x_0.device}: move one of them with .to(...)")
+        check_spreads(self, "q has no density")
         total = torch.zeros(x_0.shape[0], dtype=torch.float64, device=clean.device)
         before: Tensor | None = None
         for n in range(len(sigmas) - 1, -1, -1) if forward else range(len(sigmas)):
             _, spread = self._conditional(n, forward)
-            if spread == 0.0:
-                raise ValueError(
-                    f"q has no density: with eta = {self.eta:g} a step to sigma = {sigmas[n]:.6g} adds no noise"
-                )
             error = x[n].double() * math.sqrt(1.0 + sigmas[n] ** 2) - clean
             # In x, a density of x̄ is multiplied by the stretch.
             deviation = spread / math.sqrt(1.0 + sigmas[n] ** 2)
@@ -208,8 +244,14 @@ class Inference:
             before = error
         return total
 
-    def _clean(self, x_0: Tensor) -> Tensor:
-        if not isinstance(x_0, Tensor) or not x_0.is_floating_point() or x_0.ndim < 2:
-            got = tuple(x_0.shape) if isinstance(x_0, Tensor) else type(x_0).__name__
-            raise ValueError(f"x_0 must be images as floats (B, *d), but got {got}")
-        return x_0.double()
+
+def check_spreads(member: Inference, without: str) -> None:
+    """Refuse a member with a step that adds no noise; `without` says what there is not then."""
+    sigmas = member.levels
+    still = np.flatnonzero(split(sigmas, member.eta, member.deviations)[1] == 0.0)
+    if still.size:
+        n = int(still[0])
+        cure = "take eta > 0" if member.deviations is None else f"take deviations[{n}] > 0"
+        raise ValueError(
+            f"{without}, for the step from sigma = {sigmas[n]:.6g} to {sigmas[n + 1]:.6g} adds no noise: {cure}"
+        )

@@ -26,11 +26,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddim_ode.diffusion.inference import Inference, split
-from ddim_ode.field import EpsilonField
+from ddim_ode.diffusion.inference import Inference, as_numbers, check_spreads, split
+from ddim_ode.field import EpsilonField, check_field
 from ddim_ode.integrate import check_state
-from ddim_ode.noise import check_seed, draw
+from ddim_ode.noise import OBJECTIVE, check_seed, draw
 from ddim_ode.schedule import is_number, whole
+from ddim_ode.solution import Status
 
 __all__ = ["Objective", "constant", "gamma", "l_gamma", "variational_bound"]
 
@@ -58,17 +59,13 @@ def gamma(member: Inference, last: float) -> Array:
     ValueError
         If a step adds no noise, or `last` is not positive: J_σ is infinite then.
     """
+    if not isinstance(member, Inference):
+        raise TypeError(f"member must be an Inference, but got {type(member).__name__}: make one over a grid's levels")
     sigmas = member.levels
     if not is_number(last) or not 0.0 < last < math.inf:
         raise ValueError(f"last, the deviation of the last step, must be a positive number, but got {last!r}")
+    check_spreads(member, "the objective is infinite")
     towards, spread = split(sigmas, member.eta, member.deviations)
-    still = np.flatnonzero(spread == 0.0)
-    if still.size:
-        n = int(still[0])
-        raise ValueError(
-            f"every step must add noise, or the objective is infinite, but that from sigma = {sigmas[n]:.6g} to "
-            f"{sigmas[n + 1]:.6g} adds none: take eta > 0"
-        )
     return np.append((sigmas[:-1] - towards) ** 2 / (2.0 * spread**2), sigmas[-1] ** 2 / (2.0 * last**2))
 
 
@@ -90,7 +87,10 @@ def constant(member: Inference, last: float, second_moment: float, size: int) ->
     size : int
         D.
     """
-    gamma(member, last)
+    gamma(member, last)  # refuses what would be infinite
+    if not is_number(second_moment) or not 0.0 <= second_moment < math.inf:
+        raise ValueError(f"second_moment must be a number of at least 0, but got {second_moment!r}")
+    size = whole(size, "size")
     alpha = 1.0 / (1.0 + float(member.levels[0]) ** 2)
     left = alpha * second_moment - size * alpha - size * math.log1p(-alpha)
     return 0.5 * left + 0.5 * size * math.log(2.0 * math.pi * last**2)
@@ -105,13 +105,13 @@ class Objective:
     sigmas : ndarray
         (S,), falling: the level that ε was asked at in each term.
     terms : ndarray
-        (S,), means over images; their sum, with `prior`, is the objective.
+        (S,), means over the images that did not fail; their sum, with `prior`, is the objective. NaN if all failed.
     standard_errors : ndarray
-        (S,), of the terms as means over images and draws.
+        (S,), of the terms as means over these images and draws.
     prior : float
         What is not a term of ε: the divergence at the highest level, and 0 in L_γ.
     each : ndarray
-        (B,), the objective of each image.
+        (B,), the objective of each image, NaN for one that failed.
     """
 
     sigmas: Array
@@ -122,13 +122,27 @@ class Objective:
 
     @property
     def value(self) -> float:
-        """The objective, the mean over images."""
-        return float(self.each.mean())
+        """The objective, the mean over the images that did not fail; NaN if all did."""
+        return _mean(self.each[self._good])
 
     @property
     def standard_error(self) -> float:
-        """Of :attr:`value`, from the spread over images."""
-        return float(self.each.std(ddof=1) / math.sqrt(self.each.size)) if self.each.size > 1 else math.nan
+        """Of :attr:`value`, from the spread over these images."""
+        return _error(self.each[self._good])
+
+    @property
+    def status(self) -> tuple[Status, ...]:
+        """One an image: NONFINITE where what the field returned made its objective NaN or infinite."""
+        return tuple(Status.SUCCESS if good else Status.NONFINITE for good in self._good)
+
+    @property
+    def success(self) -> bool:
+        """Whether every image has an objective."""
+        return bool(self._good.all())
+
+    @property
+    def _good(self) -> NDArray[np.bool_]:
+        return np.isfinite(self.each)
 
 
 def l_gamma(
@@ -143,26 +157,43 @@ def l_gamma(
     x_0 : Tensor
         Images (B, \*d).
     sigmas : sequence of float
-        Noise levels √((1 − α_t)/α_t) of the terms, such as ``Inference(grid).levels``.
+        Noise levels √((1 − α_t)/α_t) of the terms, above 0 and up to the schedule's last, such as ``Inference(grid).levels``.
     weights : float or sequence of float
         γ, one for all or one a level: 1 as Ho et al. and the paper train, or :func:`gamma`.
     seed : int
-        Image i draws by (`seed`, i) and the level.
+        Image i draws by (`seed`, i) and the level; generation and inference by the same seed draw other noise.
     batch_size : int, optional
         Images at once.
+
+    Returns
+    -------
+    Objective
+        An image for which the field returns NaN or infinity fails, and the others are measured.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument cannot be used, before any model call.
     """
-    levels = np.asarray(sigmas, dtype=np.float64)
-    if levels.ndim != 1 or not levels.size or not np.all(levels > 0.0):
-        raise ValueError(f"sigmas must be noise levels above 0, but got {sigmas!r}")
-    given = np.asarray(weights, dtype=np.float64)
-    if given.shape not in ((), levels.shape) or not np.all(given >= 0.0):
+    _check(field, x_0, seed, batch_size)
+    levels, end = as_numbers(sigmas), field.schedule.sigma_max
+    # σ_T in float32 is σ_T, as for a grid.
+    if levels.ndim != 1 or not levels.size or not np.all((levels > 0.0) & (levels <= end * (1.0 + 1e-6))):
+        raise ValueError(
+            f"sigmas must be noise levels above 0 and up to {end:.10g}, the schedule's last, but got {sigmas!r}"
+        )
+    levels = np.minimum(levels, end)
+    given = as_numbers(weights)
+    if given.shape not in ((), levels.shape) or not np.all(np.isfinite(given) & (given >= 0.0)):
         raise ValueError(
             f"weights must be one number of at least 0, or one for each of {levels.size} levels, but got {weights!r}"
         )
     found = np.empty((levels.size, x_0.shape[0]))
     for n, rows, _, z, eps in _asked(field, x_0, levels, seed, batch_size):
         found[n, rows] = _squares(eps - z)
-    return _objective(levels, found * np.broadcast_to(given, levels.shape)[:, None], np.zeros(found.shape[1]))
+    with np.errstate(invalid="ignore", over="ignore"):  # of a failed image
+        found *= np.broadcast_to(given, levels.shape)[:, None]
+    return _objective(levels, found, np.zeros(found.shape[1]))
 
 
 def variational_bound(
@@ -185,12 +216,27 @@ def variational_bound(
         σ_1 of eq. 10, as for :func:`gamma`.
     seed, batch_size
         As for :func:`l_gamma`.
+
+    Returns
+    -------
+    Objective
+        As for :func:`l_gamma`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a step of q_σ adds no noise, its levels are not the schedule's, or another argument cannot be used, before any model
+        call.
     """
-    sigmas = member.levels
+    _check(field, x_0, seed, batch_size)
     gamma(member, last)  # refuses what would be infinite
+    sigmas, own = member.levels, member.grid.schedule
+    if own is not field.schedule and own.config != field.schedule.config:
+        raise ValueError(
+            f"the member's grid was made for {own!r}, but the field has {field.schedule!r}: make it for that one"
+        )
     towards, spread = split(sigmas, member.eta, member.deviations)
     towards, spread = np.append(towards, 0.0), np.append(spread, last)
-    check_state(field, x_0, "x_0")
     found, size = np.empty((sigmas.size, x_0.shape[0])), math.prod(x_0.shape[1:])
     for n, rows, clean, z, eps in _asked(field, x_0, sigmas, seed, batch_size):
         estimate = clean + sigmas[n] * (z - eps)  # of x_0, eq. 9
@@ -207,8 +253,6 @@ def _asked(
     field: EpsilonField, x_0: Tensor, sigmas: Array, seed: int, batch_size: int | None
 ) -> Iterator[tuple[int, slice, Tensor, Tensor, Tensor]]:
     """At each level, for each batch: the level's place, the images' rows, x_0, ε drawn, and ε_θ of x̄ = x_0 + σε."""
-    check_state(field, x_0, "x_0")
-    field.check_conditions(x_0.shape[0])
     seed, count = check_seed(seed), x_0.shape[0]
     size = count if batch_size is None else whole(batch_size, "batch_size")
     for start in range(0, count, size):
@@ -216,7 +260,7 @@ def _asked(
         clean, images = x_0[rows].detach().double(), range(rows.start, rows.stop)
         ask = field.bind(clean, sigmas, rows)
         for n, sigma in enumerate(sigmas.tolist()):
-            z = draw(tuple(x_0.shape[1:]), images, seed, n + 1).to(clean.device)
+            z = draw(tuple(x_0.shape[1:]), images, seed, n + 1, OBJECTIVE).to(clean.device)
             with torch.no_grad():
                 yield n, rows, clean, z, ask(clean + sigma * z, sigma).double()
 
@@ -226,7 +270,28 @@ def _squares(x: Tensor) -> Array:
     return x.square().flatten(1).sum(1).cpu().numpy()
 
 
+def _check(field: EpsilonField, x_0: Tensor, seed: int, batch_size: int | None) -> None:
+    check_field(field)
+    check_state(field, x_0, "x_0")
+    field.check_conditions(x_0.shape[0])
+    check_seed(seed)
+    if batch_size is not None:
+        whole(batch_size, "batch_size")
+
+
 def _objective(sigmas: Array, found: Array, prior: Array) -> Objective:
-    count = found.shape[1]
-    errors = found.std(axis=1, ddof=1) / math.sqrt(count) if count > 1 else np.full(sigmas.size, np.nan)
-    return Objective(sigmas, found.mean(axis=1), errors, float(prior.mean()), found.sum(axis=0) + prior)
+    """Of each level's and image's value, (S, B), and each image's prior; an image with one that is not finite fails."""
+    with np.errstate(over="ignore"):
+        each = found.sum(axis=0) + prior
+    good = np.isfinite(each)
+    terms, errors = (np.array([number(row) for row in found[:, good]]) for number in (_mean, _error))
+    return Objective(sigmas, terms, errors, _mean(prior[good]), np.where(good, each, np.nan))
+
+
+def _mean(values: Array) -> float:
+    return float(values.mean()) if values.size else math.nan
+
+
+def _error(values: Array) -> float:
+    """Of a mean, by the spread of what it is of."""
+    return float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else math.nan

@@ -127,6 +127,11 @@ def get(solver: str | Solver) -> Solver:
         for prefix, make in (("mf-", McCallumFoster), ("inverse-", Inverse)):
             if solver.startswith(prefix) and solver != prefix:
                 return make(get(solver.removeprefix(prefix)))
+        if solver.startswith(("ddpm", "ddim-eta", "ddim-deviations")):  # what a run by Generative calls itself
+            raise ValueError(
+                f"unknown solver {solver!r}: sampling with noise is chosen by eta=, 1 for DDPM, or sigma_hat=True, at the terminal "
+                "--eta and --sigma-hat; or give a Generative"
+            )
         close = difflib.get_close_matches(solver, _MEMBERS, n=3, cutoff=0.3)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise ValueError(f"unknown solver {solver!r}: {hint}known solvers are {', '.join(_MEMBERS)}")

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from ddim_ode.diffusion.generative import Generative
 from ddim_ode.solvers import base, multistep, reversible, runge_kutta, single_step
 from ddim_ode.solvers.adaptive import Adaptive
 from ddim_ode.solvers.implicit import ImplicitMidpoint, Inverse
@@ -17,7 +18,7 @@ __all__ = ["from_config", "to_config"]
 _CLASSES: dict[Any, Any] = {
     kind.__name__: kind
     for kind in (
-        Adaptive, ImplicitMidpoint, Inverse, Ipndm, Scipy, TorchDiffEq, multistep.Multistep, multistep.Flow,
+        Adaptive, Generative, ImplicitMidpoint, Inverse, Ipndm, Scipy, TorchDiffEq, multistep.Multistep, multistep.Flow,
         reversible.AsynchronousLeapfrog, reversible.McCallumFoster, reversible.TwoStep, runge_kutta.RungeKutta,
         runge_kutta.Tableau, runge_kutta.Inside, single_step.SingleStep,
     )
@@ -52,7 +53,8 @@ def to_config(solver: Any) -> Any:
         raise ValueError(
             f"a {name} cannot be written as plain data, for it holds tensors or functions, or is not of this package"
         )
-    return {"kind": name} | {f.name: to_config(getattr(solver, f.name)) for f in dataclasses.fields(solver)}
+    own = (f.name for f in dataclasses.fields(solver) if f.compare)  # the others are of a run
+    return {"kind": name} | {field: to_config(getattr(solver, field)) for field in own}
 
 
 def from_config(config: Any) -> Any:
