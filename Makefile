@@ -69,9 +69,9 @@ paper: bench-proposition1 bench-discrete bench-table1 bench-paper-figures ## all
 	$(BIN)/python -m benchmarks.round_trip --parts table2 --problems network
 
 paper-short: .venv/dev              ## the same on few images and steps, into out/paper: minutes
-	$(BIN)/python -m benchmarks.proposition1 --short --out out/paper --figures out/paper
-	$(BIN)/python -m benchmarks.table1 --short --out out/paper --figures out/paper --work out/paper/table1
-	$(BIN)/python -m benchmarks.paper_figures --short --out out/paper --figures out/paper
+	$(BIN)/python -m benchmarks.proposition1 --short
+	$(BIN)/python -m benchmarks.table1 --short
+	$(BIN)/python -m benchmarks.paper_figures --short
 
 bench-discrete: .venv/dev           ## discrete data: joints, bounds and samples by stochasticity, a network trained: half an hour
 	$(BIN)/python -m benchmarks.discrete
