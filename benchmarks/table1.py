@@ -379,7 +379,7 @@ def _measure(options: argparse.Namespace, parts: list[str], name: str, path: Pat
     work = options.work or (SHORT / "table1" if options.short else ROOT / "out/table1")
     if options.short:
         # What comes with the package, so that it runs anywhere; of so few images the numbers say nothing.
-        data, images, most = "the bundled images", 16, 32
+        data, images, most = "the bundled images", 8, 32
     else:
         if options.data is None and options.model not in bundled():
             raise SystemExit(f"{options.model} is no bundled model: give --data, the data that it was trained on")
