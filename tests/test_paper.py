@@ -1,4 +1,4 @@
-"""The study behind Table 1: its rows belong together, its samples to their sampler, and what cannot be compared is refused."""
+"""The studies of the paper: rows that belong together, samples of one sampler, errors beside numbers, and what is refused."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import folders, metrics, paper_figures, proposition1, table1
-from ddim_ode import EpsilonField, Features, Generative, NoiseSchedule
+from benchmarks import discrete, folders, metrics, paper_figures, proposition1, round_trip, table1
+from ddim_ode import EpsilonField, Features, Generative, NoiseSchedule, noise
+from ddim_ode import round_trip as there_and_back
+from ddim_ode.comparison import Reference
 from ddim_ode.models.analytic import GaussianEpsilon
 from ddim_ode.sampling import DEFAULTS, Default
 
@@ -198,7 +200,7 @@ def test_short_runs_have_a_place_of_their_own(tmp_path, monkeypatch):
     assert folders.folders(options(False)) == (folders.RESULTS, folders.FIGURES)
 
 
-@pytest.mark.parametrize("study", [paper_figures, proposition1])
+@pytest.mark.parametrize("study", [discrete, paper_figures, proposition1, round_trip])
 def test_figures_need_a_record(study, tmp_path):
     with pytest.raises(SystemExit, match="to draw from: run it without --figures-only first"):
         run(study.main, "--figures-only", "--out", tmp_path, "--figures", tmp_path)
@@ -255,3 +257,27 @@ def test_figure_5_shows_shares_with_their_errors():
     assert segments[0][:, 1] == pytest.approx([-0.04, 0.04])
     assert "means" in panel.get_ylabel()
     assert any(line.get_ydata()[0] == 1.0 and line.get_linestyle() == ":" for line in panel.lines)
+
+
+def test_table_2_has_errors_over_images_and_a_figure():
+    field = EpsilonField.from_sigma(
+        GaussianEpsilon(torch.zeros(2), torch.tensor([0.5, 1.5])), NoiseSchedule.linear(), shape=(2,)
+    )
+    images = 0.3 * noise((2,), 5, 1)
+    case = object.__new__(round_trip.Case)
+    case.field, case.images, case.range, case.exact = field, images, None, Reference(images, 0.0, 0, ("none",))
+    found = round_trip.table2(case, (10, 20))
+    trip = there_and_back(field, images, steps=20, solver="ddim", data_range=None)
+    assert found["ddim"][1] == pytest.approx(float(trip.mse.mean()))
+    assert found["ddim_error"][1] == pytest.approx(float(trip.mse.std() / 5**0.5))
+    record = {"table2": {"network": found}}
+    assert " ± " in round_trip.table2_page(record)
+    panel = round_trip.draw_table2(record).axes[0]
+    bars = panel.containers[0]
+    low, high = bars[2][0].get_segments()[1][:, 1]
+    assert high - found["ddim"][1] == pytest.approx(2.0 * found["ddim_error"][1])
+    assert 0.0 < low < found["ddim"][1]
+    # Records from before errors were kept are drawn without them.
+    old = {"table2": {"network": {k: v for k, v in found.items() if not k.endswith("_error")}}}
+    assert not round_trip.draw_table2(old).axes[0].containers[0].has_yerr
+    assert " ± " not in round_trip.table2_page(old)
