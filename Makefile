@@ -66,12 +66,14 @@ bench-paper-figures: .venv/dev      ## Figures 3 to 6: half an hour
 	$(BIN)/python -m benchmarks.paper_figures
 
 paper: bench-proposition1 bench-discrete bench-table1 bench-paper-figures ## all experiments of the paper: about four hours
-	$(BIN)/python -m benchmarks.round_trip --parts table2 --problems network
+	$(BIN)/python -m benchmarks.round_trip --parts table2 --problems network,network-cifar10
 
-paper-short: .venv/dev              ## the same on few images and steps, into out/paper: minutes
-	$(BIN)/python -m benchmarks.proposition1 --short --out out/paper --figures out/paper
-	$(BIN)/python -m benchmarks.table1 --short --out out/paper --figures out/paper --work out/paper/table1
-	$(BIN)/python -m benchmarks.paper_figures --short --out out/paper --figures out/paper
+paper-short: .venv/dev              ## the same on few images and steps, into out/paper: two minutes
+	$(BIN)/python -m benchmarks.proposition1 --short
+	$(BIN)/python -m benchmarks.discrete --short
+	$(BIN)/python -m benchmarks.table1 --short
+	$(BIN)/python -m benchmarks.paper_figures --short
+	$(BIN)/python -m benchmarks.round_trip --short
 
 bench-discrete: .venv/dev           ## discrete data: joints, bounds and samples by stochasticity, a network trained: half an hour
 	$(BIN)/python -m benchmarks.discrete

@@ -1,6 +1,6 @@
 r"""Discrete data: what the members of appendix A's family are worth, by exact predictors and by a network.
 
-    python -m benchmarks.discrete [--out benchmarks/results] [--parts toy,…] [--figures-only]
+    python -m benchmarks.discrete [--out benchmarks/results] [--parts toy,…] [--short] [--figures-only]
 
 Records ``discrete.json`` part by part, and ``discrete.npz``, the images of the figure ``docs/figures/discrete.png``. The network
 and samples are kept in ``out/discrete``, and what is there is not made again. Half an hour on one core.
@@ -13,8 +13,8 @@ and samples are kept in ``out/discrete``, and what is there is not made again. H
 - *training*, *bits*, *quality*: the package's U-Net on Fashion-MNIST at four grey levels; the bound on test images; distances
   between samples and test images, beside those of training images in groups as large.
 
-``multinomial`` is the Markovian diffusion (Hoogeboom et al. 2021, D3PM of Austin et al. 2021) with the same α_t, no member of the
-family: its posterior is a normalised product, q(x_t | x_s) q(x_s | x_0).
+``multinomial`` is the Markovian diffusion (Hoogeboom et al. 2021, D3PM of Austin et al. 2021) with the same α_t, for K > 2 no member of
+the family: its posterior is a normalised product, q(x_t | x_s) q(x_s | x_0). (For K = 2 it is one, with σ_t between 0 and the largest.)
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from benchmarks.folders import ROOT, add_folders, folders, recorded
 from ddim_ode import NoiseSchedule
 from ddim_ode.comparison import circumstances
 from ddim_ode.data import sheet
 from ddim_ode.datasets import dataset
-from ddim_ode.diffusion.categorical import divergence, draw, indicators, mix, uniform
-from ddim_ode.diffusion.discrete import Chain, DiscreteField, bound, cross_entropy, one_hot, sample
+from ddim_ode.diffusion.categorical import Chain, divergence, draw, indicators, mix, one_hot, uniform
+from ddim_ode.diffusion.discrete import DiscreteField, bound, cross_entropy, sample
 from ddim_ode.files import output_folder, replacing, write_json
 from ddim_ode.models.discrete import DiscreteUNet, EmpiricalLogits
 from ddim_ode.plotting import STYLE, save_figure
 from ddim_ode.training import TrainingOptions
 
-ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "out" / "discrete"
 SCHEDULE = NoiseSchedule.cosine()
 #: Grey levels.
@@ -138,7 +138,10 @@ def exact_bound(field: DiscreteField, states: Tensor, p: Tensor, chain: Chain, s
     return total + float((p * divergence(ends, torch.full_like(ends, 1.0 / K)).flatten(1).sum(dim=1)).sum())
 
 
-def study_toy() -> dict[str, Any]:
+TOY = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+
+def study_toy(numbers: tuple[int, ...] = TOY) -> dict[str, Any]:
     """Total variation, marginals, and two excesses over the entropy: of the bound, and of the true likelihood."""
     K, D = 3, 3
     states, p = joint(K, D)
@@ -146,7 +149,7 @@ def study_toy() -> dict[str, Any]:
     single = lambda q: torch.einsum("n,nkd->kd", q, indicators(states, K))
     entropy = float(-torch.xlogy(p, p).sum())
     rows = []
-    for steps in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000):
+    for steps in numbers:
         for name, (chain, step) in members(steps).items():
             drawn = propagate(field, states, chain, step)[-1]
             row = {
@@ -442,28 +445,28 @@ PARTS: dict[str, Callable[[], Any]] = {
 def main() -> None:
     """Measure, record part by part, draw."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder for discrete.json")
-    parser.add_argument("--figures", type=Path, default=ROOT / "docs/figures", help="folder for discrete.png")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated; others keep their record")
-    parser.add_argument("--figures-only", action="store_true", help="draw from the files there are, measure nothing")
+    add_folders(parser, "the toy alone, few steps: seconds, to see that it runs")
     options = parser.parse_args()
     wanted = [] if options.figures_only else options.parts.split(",")
     if unknown := set(wanted) - PARTS.keys():
         raise SystemExit(f"unknown parts {', '.join(sorted(unknown))}: known are {', '.join(PARTS)}")
     torch.set_num_threads(1)
-    path = output_folder(options.out) / "discrete.json"
+    out, figures = folders(options)
+    path = out / "discrete.json"
     record: dict[str, Any] = {"study": "discrete", "schedule": SCHEDULE.config, "circumstances": {}}
-    if path.exists():
-        record = json.loads(path.read_text("utf-8"))
-    for name in wanted:
-        record[name] = PARTS[name]()
+    if path.exists() or options.figures_only:
+        record = json.loads(recorded(path).read_text("utf-8"))
+    studies: dict[str, Callable[[], Any]] = {"toy": lambda: study_toy(TOY[:5])} if options.short else PARTS
+    for name in studies if options.short else wanted:
+        record[name] = studies[name]()
         record["circumstances"][name] = circumstances()
         write_json(path, record)
-    if "quality" in wanted:
+    if "quality" in wanted and not options.short:
         keep_images(path.with_suffix(".npz"))
     if {"toy", "digits", "quality"} <= record.keys():
         with np.load(path.with_suffix(".npz"), allow_pickle=False) as images:
-            save_figure(figure(record, dict(images)), output_folder(options.figures) / "discrete.png")
+            save_figure(figure(record, dict(images)), figures / "discrete.png")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ Records ``metrics.json``, part by part; features of data are kept in ``out/``. H
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 import warnings
@@ -23,18 +24,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import ddim_ode
 from ddim_ode import EfficientNetLite0, Features, Quality, SampleSizeWarning, quality
 from ddim_ode.comparison import circumstances
-from ddim_ode.data import as_tensor
-from ddim_ode.datasets import dataset
+from ddim_ode.data import Images, as_tensor
+from ddim_ode.datasets import dataset, datasets
+from ddim_ode.datasets import images as dataset_images
 from ddim_ode.files import output_folder, replacing, write_json
 from ddim_ode.quality import Estimate, frechet_distance
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Images of each split whose features are used.
-IMAGES = {"fashion-mnist": 10_000, "cifar10": 5_000}
+#: Images of each split whose features are used, at most.
+IMAGES, FEWER = 10_000, {"cifar10": 5_000}
 COUNTS = (500, 1000, 5000)
 MEASURES = ("frechet", "kernel", "precision", "recall")
 RUNS = (("ddim", 10), (None, 10), ("ddim", 20), (None, 20))
@@ -65,7 +68,7 @@ def study_speed(batches: int = 8) -> dict[str, Any]:
 def study_floors() -> list[dict[str, Any]]:
     """Training images beside test images."""
     rows = []
-    for name in IMAGES:
+    for name in ("fashion-mnist", "cifar10"):
         try:
             train, test = features_of(name, "train"), features_of(name, "test")
         except FileNotFoundError as error:
@@ -148,16 +151,35 @@ def study_differences(n: int = 500) -> dict[str, Any]:
     return {"n": n, "rows": {name: one.record() for name, one in found.items()}, "pairs": pairs}
 
 
-def features_of(name: str, split: str) -> Features:
-    """Features of the first images of a data set, kept where they were made once."""
-    path, count = ROOT / "out" / f"features-{name}-{split}.npz", IMAGES[name]
+def splits(data: str) -> dict[str, Images]:
+    """Images to compare with, ``test``, and others for the floor, ``train``; `data` is what :func:`ddim_ode.datasets.images` takes.
+
+    What has no splits, as a folder of pictures or an array, is halved: every other image is a test image.
+    """
+    found = {split: dataset_images(data, split) for split in ("train", "test")}
+    if np.array_equal(found["train"], found["test"]):
+        found = {"train": found["train"][::2], "test": found["test"][1::2]}
+    return {split: x[: FEWER.get(data, IMAGES)] for split, x in found.items()}
+
+
+def features_of(data: str, split: str) -> Features:
+    """Features of the first images of a split, see :func:`splits`, kept where they were made once."""
+    found = splits(data)[split]
+    # A data set goes by its name; files, which may come to hold other images under one name, by what they hold.
+    key = data if data in datasets() else hashlib.sha256(found.tobytes()).hexdigest()[:16]
+    path = ROOT / "out" / f"features-{key}-{split}.npz"
+    return kept_features(path, EfficientNetLite0(), as_tensor(found), progress=True)
+
+
+def kept_features(path: Path, network: Any, x: Tensor, progress: bool = False) -> Features:
+    """Features of images by a named network, from a file if they are there; made and written there if not."""
     if path.exists():
         with np.load(path) as kept:
-            if str(kept["network"]) == EfficientNetLite0.name and len(kept["values"]) == count:
-                return Features(EfficientNetLite0.name, torch.from_numpy(kept["values"]))
-    images = as_tensor(dataset(name, split).images[:count])
-    print(f"features of {count} images: some minutes, kept in {path}", flush=True)
-    found = Features.of(images, progress=True)
+            if str(kept["network"]) == network.name and len(kept["values"]) == len(x):
+                return Features(network.name, torch.from_numpy(kept["values"]))
+    if progress:
+        print(f"features of {len(x)} images: some minutes, kept in {path}", flush=True)
+    found = Features.of(x, network, progress=progress)
     output_folder(path.parent)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, values=found.values.float().numpy(), network=np.array(found.network))

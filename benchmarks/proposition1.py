@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -28,15 +27,15 @@ import torch
 from matplotlib.figure import Figure
 
 import ddim_ode
+from benchmarks.folders import add_folders, folders, recorded
 from benchmarks.problems import digits_mixture, problem
 from ddim_ode import Grid, NoiseSchedule
 from ddim_ode.comparison import circumstances
-from ddim_ode.files import output_folder, write_json
+from ddim_ode.files import write_json
 from ddim_ode.metrics import rms
 from ddim_ode.noise import noise
 from ddim_ode.plotting import STYLE, save_figure
 
-ROOT = Path(__file__).resolve().parents[1]
 STEPS = (25, 50, 100, 200, 400, 800, 1600, 3200, 6400)
 #: Grids that a number of steps makes twice as fine throughout: even in asinh(σ/0.02), in arctan σ, in t.
 GRIDS = ("asinh", "arctan", "t")
@@ -114,19 +113,17 @@ def draw(record: dict[str, Any]) -> Figure:
 def main() -> None:
     """Measure, record, draw."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder for proposition1.json")
-    parser.add_argument("--figures", type=Path, default=ROOT / "docs/figures", help="folder for proposition1.png")
-    parser.add_argument("--short", action="store_true", help="fewer steps and samples: seconds, to see that it runs")
-    parser.add_argument("--figures-only", action="store_true", help="draw from the JSON there is, measure nothing")
+    add_folders(parser, "fewer steps and samples: seconds, to see that it runs")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    path = output_folder(options.out) / "proposition1.json"
+    out, figures = folders(options)
+    path = out / "proposition1.json"
     if not options.figures_only:
         steps = STEPS[:4] if options.short else STEPS
         record: dict[str, Any] = {"study": "proposition1", "circumstances": circumstances(None, torch.float64)}
         record |= {"fields": fields(8 if options.short else 64), "euler": euler(steps, 4 if options.short else 16)}
         write_json(path, record)
-    record = json.loads(path.read_text("utf-8"))
+    record = json.loads(recorded(path).read_text("utf-8"))
     worst = max(row["relative"] for row in record["fields"]["rows"])
     print(f"the fields differ by {worst:.1e} at most, relative to their size")
     for row in record["euler"]:
@@ -134,7 +131,7 @@ def main() -> None:
             f"{row['problem']:>9} on {row['grid']:<7} {MAPS[row['solver']]:<22} error {row['rms'][-1]:.2e} at "
             f"{row['steps'][-1]} steps, order {row['order']:.2f}, constant {row['constant']:.3g}"
         )
-    save_figure(draw(record), output_folder(options.figures) / "proposition1.png")
+    save_figure(draw(record), figures / "proposition1.png")
 
 
 if __name__ == "__main__":

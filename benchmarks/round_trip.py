@@ -17,7 +17,7 @@ Four parts:
 
 Run from the root of a checkout::
 
-    python -m benchmarks.round_trip [--parts exact,networks,peers,table2] [--problems …] [--figures-only]
+    python -m benchmarks.round_trip [--parts exact,networks,peers,table2] [--problems …] [--short] [--figures-only]
 
 It takes about three quarters of an hour on one core, and needs the data sets and scikit-learn (see ``problems.py``); what is missing is
 left out and named. The record is ``round_trip.json``, written part by part; figures and the tables of docs/inversion.md are
@@ -32,29 +32,29 @@ import json
 import math
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from torch import Tensor
 from tqdm import tqdm
 
 import ddim_ode
+from benchmarks.folders import FIGURES, ROOT, add_folders, folders, recorded
 from benchmarks.problems import NETWORKS, problem
 from ddim_ode import EpsilonField
 from ddim_ode.comparison import Reference, circumstances
-from ddim_ode.data import as_tensor
+from ddim_ode.data import as_tensor, bundled_images
 from ddim_ode.datasets import images as dataset_images
-from ddim_ode.files import output_folder, replacing, write_json
+from ddim_ode.files import replacing, write_json
 from ddim_ode.metrics import mse, rms
 from ddim_ode.plotting import STYLE, save_figure
 from ddim_ode.reconstruction import reconstruct, reference_latents
 from ddim_ode.sampling import DEFAULTS, GRID
 
-ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("exact", "networks", "peers", "table2")
 #: Problems of the first part and of the second, and how many images each.
 EXACT = {"gaussian": 16, "digits": 32, "mnist": 8, "cifar": 8}
@@ -77,7 +77,7 @@ FIRST = 1000
 class Case:
     """A field, images, and the latents that they truly have."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, short: bool = False) -> None:
         self.name = name
         if name in EXACT:
             task = problem(name, EXACT[name], seed=7)
@@ -85,7 +85,10 @@ class Case:
             self.exact = Reference(task.latent, task.difference, 0, ("known",))
         else:
             self.field = ddim_ode.load(NETWORKS[name])
-            found = dataset_images(NETWORKS[name], "test", None)[FIRST : FIRST + TESTED[name]]
+            if short:
+                found = bundled_images()[:2]
+            else:
+                found = dataset_images(NETWORKS[name], "test", None)[FIRST : FIRST + TESTED[name]]
             self.images, self.range = as_tensor(found), (-1.0, 1.0)
             self.exact = reference_latents(self.field, self.images)
 
@@ -208,13 +211,18 @@ def _walk(scheduler: Any, case: Case, x: Tensor, steps: int) -> tuple[Tensor, in
 
 
 # -- table 2 --------------------------------------------------------------------------------------
-def table2(case: Case) -> dict[str, Any]:
-    """Eq. 13 and the default, mean squared errors at the paper's numbers of steps."""
-    found: dict[str, Any] = {"steps": TABLE2, "paper_cifar10": PAPER, "images": len(case.images)}
+def table2(case: Case, steps: tuple[int, ...] = TABLE2) -> dict[str, Any]:
+    """Eq. 13 and the default, mean squared errors over images and their standard errors, at the paper's numbers of steps."""
+    paper = PAPER[: len(steps)]
+    found: dict[str, Any] = {"steps": steps, "paper_cifar10": paper, "images": len(case.images)}
     for name, key in (("ddim", "round_trip_mse"), ("default", "alone_mse")):
-        study = reconstruct(case.field, case.images, [name], TABLE2, exact=case.exact, data_range=case.range)
-        found[name] = [row[key] for row in study.record["rows"]]
-        found[f"{name}_latent_rms"] = [row["latent_rms"] for row in study.record["rows"]]
+        study = reconstruct(case.field, case.images, [name], steps, exact=case.exact, data_range=case.range)
+        rows = study.record["rows"]
+        found[name] = [row[key] for row in rows]
+        each = [np.array(row["each"][key], dtype=float) for row in rows]
+        each = [values[np.isfinite(values)] for values in each]  # as the means leave out images that failed
+        found[f"{name}_error"] = [float(v.std(ddof=1) / v.size**0.5) if v.size > 1 else None for v in each]
+        found[f"{name}_latent_rms"] = [row["latent_rms"] for row in rows]
     return found
 
 
@@ -266,6 +274,38 @@ def draw(record: dict[str, Any], key: str, title: str) -> Figure:
     return figure
 
 
+def draw_table2(record: dict[str, Any]) -> Figure:
+    """Table 2: mean squared errors by steps with two standard errors over images, if the record has them; the paper's beside."""
+    found = {name: part for name, part in record["table2"].items() if "ddim" in part}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.6, 4.0), layout="constrained")
+        panel = figure.subplots()
+        longest = max(found.values(), key=lambda part: len(part["steps"]))
+        for i, (name, part) in enumerate(found.items()):
+            for key, what, style in (
+                ("ddim", "eq. 13", "o-"),
+                ("default", "the default, from the latent alone", "s--"),
+            ):
+                mean = np.array(part[key], dtype=float)
+                error = np.array([np.nan if e is None else e for e in part.get(f"{key}_error", [None] * mean.size)])
+                # Down to a tenth of the mean at most: a logarithm shows no less.
+                bars = None if np.isnan(error).all() else np.stack([np.minimum(2.0 * error, 0.9 * mean), 2.0 * error])
+                label = f"{name} ({part['images']} images), {what}"
+                panel.errorbar(
+                    part["steps"], mean, bars, fmt=style, color=f"C{i}", elinewidth=0.9, capsize=2, label=label
+                )
+        panel.plot(
+            longest["steps"], longest["paper_cifar10"], "x:", color="0.4", label="the paper, CIFAR-10, a network of its own"
+        )  # fmt: skip
+        ticks = sorted({S for part in found.values() for S in part["steps"]})
+        words = ", ± 2 s.e. over images" if any("ddim_error" in part for part in found.values()) else ""
+        panel.set(xscale="log", yscale="log", xlabel="steps S each way", ylabel=f"MSE on [0, 1]{words}")
+        panel.set_xticks(ticks, list(map(str, ticks)))
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.legend(fontsize=7)
+    return figure
+
+
 BEGIN, END = "<!-- round-trip:{}:begin -->", "<!-- round-trip:{}:end -->"
 #: Tables of the page: what they hold, and whose second state counts.
 TABLES = ("round_trip_mse", "alone_mse", "latent_rms")
@@ -306,13 +346,19 @@ def _digits(value: float | None) -> str:
 
 
 def table2_page(record: dict[str, Any]) -> str:
-    """Table 2 beside ours."""
+    """Table 2 beside ours, with standard errors over images."""
     found = {name: part for name, part in record.get("table2", {}).items() if "ddim" in part}
-    lines = ["| S | " + " | ".join(map(str, TABLE2)) + " |", "|---" * (len(TABLE2) + 1) + "|"]
-    lines.append("| the paper, CIFAR-10 | " + " | ".join(map(str, PAPER)) + " |")
+    steps = max((part["steps"] for part in found.values()), key=len, default=TABLE2)
+    lines = ["| S | " + " | ".join(map(str, steps)) + " |", "|---" * (len(steps) + 1) + "|"]
+    lines.append("| the paper, CIFAR-10 | " + " | ".join(map(str, PAPER[: len(steps)])) + " |")
     for name, part in found.items():
         for key, what in (("ddim", "eq. 13"), ("default", "the default, from the latent alone")):
-            lines.append(f"| {name}, {what} | " + " | ".join(map(_digits, part[key])) + " |")
+            errors = part.get(f"{key}_error", [None] * len(part[key]))
+            cells = [
+                _digits(value) + ("" if error is None else f" ± {_digits(error)}")
+                for value, error in zip(part[key], errors, strict=True)
+            ]
+            lines.append(f"| {name}, {what} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -330,28 +376,29 @@ def write_page(record: dict[str, Any]) -> None:
 def main() -> None:
     """Measure, record part by part, draw."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder for round_trip.json")
-    parser.add_argument("--figures", type=Path, default=ROOT / "docs/figures", help="folder for the figures")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated; others keep their record")
     parser.add_argument(
         "--problems", default=",".join((*EXACT, *TESTED)), help="comma-separated; others keep their record"
     )
-    parser.add_argument("--figures-only", action="store_true", help="draw from the JSON there is, measure nothing")
+    add_folders(parser, "Table 2 alone, two numbers of steps and two images: half a minute, to see that it runs")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    path = output_folder(options.out) / "round_trip.json"
+    out, figures = folders(options)
+    path = out / "round_trip.json"
     record: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    parts = options.parts.split(",")
-    for name in () if options.figures_only else options.problems.split(","):
-        if name not in (*EXACT, *TESTED) or not set(parts) <= set(PARTS):
-            raise SystemExit(f"known problems are {', '.join((*EXACT, *TESTED))}, and parts {', '.join(PARTS)}")
+    parts, problems = options.parts.split(","), options.problems.split(",")
+    if not set(problems) <= {*EXACT, *TESTED} or not set(parts) <= set(PARTS):
+        raise SystemExit(f"known problems are {', '.join((*EXACT, *TESTED))}, and parts {', '.join(PARTS)}")
+    if options.short:
+        parts, problems = ["table2"], ["network"]
+    for name in () if options.figures_only else problems:
         try:
-            case: Case | None = Case(name)
+            case: Case | None = Case(name, options.short)
         except FileNotFoundError as error:
             case, missing = None, {"missing": str(error)}
         tasks = {"exact" if name in EXACT else "networks": Case.study, "peers": peers}
         if name in TESTED:
-            tasks["table2"] = table2
+            tasks["table2"] = lambda case: table2(case, TABLE2[:2] if options.short else TABLE2)
         for part, measure in tasks.items():
             if part not in parts:
                 continue
@@ -362,14 +409,17 @@ def main() -> None:
             record["defaults"] = {k: v._asdict() for k, v in DEFAULTS.items()}
             write_json(path, record)
             print(f"{name}: {part} done", flush=True)
-    record = json.loads(path.read_text("utf-8"))
-    figures = output_folder(options.figures)
+    record = json.loads(recorded(path).read_text("utf-8"))
     for key, title, file in (
         ("alone_mse", "MSE on [0, 1] from the latent alone", "round_trip-alone"),
         ("latent_rms", "RMS error of the latent", "round_trip-latent"),
     ):
-        save_figure(draw(record, key, title), figures / f"{file}.png")
-    if options.figures == ROOT / "docs/figures":
+        if any("rows" in part for kind in ("exact", "networks") for part in record.get(kind, {}).values()):
+            save_figure(draw(record, key, title), figures / f"{file}.png")
+    if any("ddim" in part for part in record.get("table2", {}).values()):
+        print(table2_page(record))
+        save_figure(draw_table2(record), figures / "round_trip-table2.png")
+    if figures == FIGURES:
         write_page(record)
 
 

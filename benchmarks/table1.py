@@ -8,16 +8,18 @@ Two parts:
     Deterministic solvers at 5, 10, 15 and 20 calls.
 
 Image i of all of them comes from one latent, so that differences between them are paired: what the latents do to a distance is counted
-once. Distances are those of ``ddim_ode.quality`` by the features of a named network beside test images; the floor is that of as
-many training images. None of it can be set beside a published FID.
+once. Two kinds of them are recorded: of a row from the first of its column, η = 0 or the default, and (``changes``) from the same η
+or solver at the number of steps before. Distances are those of ``ddim_ode.quality`` by the features of a named network beside test
+images; the floor is that of as many training images. None of it can be set beside a published FID.
 
 Run from the root of a checkout::
 
     python -m benchmarks.table1 [--images 256] [--parts …] [--model … --data …] [--short] [--figures-only]
 
 On the bundled Fashion-MNIST network it takes about two hours for 256 images on two cores, three quarters of it at S = 1000. It goes on
-where it was stopped: samples are kept in ``out/table1``, batch by batch. The record is ``table1.json`` (``table1-NAME.json`` for
-other models).
+where it was stopped: samples are kept in ``out/table1``, batch by batch, beside what made them, and are made again where that would
+make others. The record is ``table1.json`` (``table1-NAME.json`` for other models); it holds rows of one number of images, one data
+set and one network only.
 """
 
 from __future__ import annotations
@@ -32,17 +34,21 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 import ddim_ode
-from benchmarks.metrics import features_of
+from benchmarks.folders import ROOT, SHORT, add_folders, folders, recorded
+from benchmarks.metrics import features_of, kept_features, splits
 from ddim_ode import EfficientNetLite0, EpsilonField, Features, LatentWarning, Quality, quality
 from ddim_ode.comparison import circumstances
 from ddim_ode.data import as_tensor, bundled_images
-from ddim_ode.files import output_folder, replacing, write_json
+from ddim_ode.files import output_folder, replacing, to_json, write_json
+from ddim_ode.models.analytic import MixtureEpsilon
+from ddim_ode.models.checkpoints import bundled
 from ddim_ode.plotting import STYLE, save_figure
+from ddim_ode.quality import NEIGHBOURS
 
-ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("table1", "table1b")
 STEPS = (10, 20, 50, 100, 1000)
 ETAS = ("0", "0.2", "0.5", "1", "sigma-hat")
@@ -50,6 +56,8 @@ RULES = ("linear", "quadratic")
 SOLVERS = ("default", "ddim", "pf-euler", "ab2", "abm3", "deisx4", "dpmpp2m", "unipc2", "heun")
 BUDGETS = (5, 10, 15, 20)
 BATCH = 32
+#: The distances that tables and figures show: their names, and what they are multiplied by.
+MEASURES = {"frechet": ("Fréchet distance", 1.0), "kernel": ("kernel distance × 10³", 1e3)}
 
 
 class Cell(NamedTuple):
@@ -64,23 +72,45 @@ class Cell(NamedTuple):
     def key(self) -> str:
         return f"{self.part}-{self.rule}-{self.steps}-{self.how}"
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """How it samples."""
+        if self.part == "table1":
+            how: dict[str, Any] = {"sigma_hat": True} if self.how == "sigma-hat" else {"eta": float(self.how)}
+            return {"steps": self.steps, "grid": self.rule, "seed": 0} | how
+        return {"nfe": self.steps, "solver": None if self.how == "default" else self.how, "seed": 0}
+
     def sample(self, field: EpsilonField, first: int, n: int) -> Tensor:
         """Images `first` to `first` + n, clamped to [−1, 1]."""
-        options: dict[str, Any] = {"n": n, "first": first, "seed": 0}
-        if self.part == "table1":
-            options |= {"steps": self.steps, "grid": self.rule}
-            options |= {"sigma_hat": True} if self.how == "sigma-hat" else {"eta": float(self.how)}
-        else:
-            options |= {"nfe": self.steps, "solver": None if self.how == "default" else self.how}
-        run = ddim_ode.sample(field, **options)
+        run = ddim_ode.sample(field, n=n, first=first, **self.options)
         if not run.success:
             raise RuntimeError(f"{self.key}: {run.status}")
         return run.x.clamp(-1.0, 1.0).float()
 
+    def sampler(self, field: EpsilonField) -> dict[str, Any]:
+        """What the sampler is and does: its name, its grid, and what it draws from a mixture of two Gaussians in the plane.
+
+        The name alone tells neither what the default has come to be nor that a solver, or the noise that it is given, has changed.
+        """
+        toy = MixtureEpsilon(
+            torch.tensor([1.0, 2.0]), torch.tensor([[-0.8, 0.3], [0.5, -0.1]]), 0.05 * torch.eye(2).repeat(2, 1, 1)
+        )
+        run = ddim_ode.sample(
+            EpsilonField.from_sigma(toy, field.schedule, shape=(2,)), n=2, first=BATCH, **self.options
+        )
+        return {"solver": run.solver, "grid": run.grid.name, "nodes": run.grid.steps, "draws": run.x.tolist()}
+
+
+def alike(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two samplers are one, up to rounding."""
+    return all(a.get(name) == b[name] for name in ("solver", "grid", "nodes")) and np.allclose(
+        a["draws"], b["draws"], rtol=0.0, atol=1e-6
+    )
+
 
 def cells(parts: list[str], short: bool) -> list[Cell]:
     """All entries, cheap ones first."""
-    steps, budgets = (STEPS[:1], BUDGETS[:1]) if short else (STEPS, BUDGETS)
+    steps, budgets = (STEPS[:2], BUDGETS[:1]) if short else (STEPS, BUDGETS)
     # At S = T both rules visit every time.
     out = [
         Cell("table1", rule, S, how)
@@ -94,165 +124,287 @@ def cells(parts: list[str], short: bool) -> list[Cell]:
 
 
 def drawn(field: EpsilonField, cell: Cell, images: int, folder: Path) -> Tensor:
-    """The samples of a cell, from `folder` as far as they are there."""
+    """The samples of a cell, from `folder` as far as they are there and were made by this model and sampler."""
+    made = json.loads(to_json({"model": field.describe(), "sampler": cell.sampler(field)}))
+    beside = output_folder(folder) / "made.json"
+    there = json.loads(beside.read_text("utf-8")) if beside.exists() else None
+    if there is None or there["model"] != made["model"] or not alike(there["sampler"], made["sampler"]):
+        for old in [*folder.glob("*.npy"), *folder.glob("*.npz")]:  # before it says that they are others
+            old.unlink()
+        write_json(beside, made)
     batches = []
     for first in range(0, images, BATCH):
-        path = folder / f"{first:06d}.npy"
-        if not path.exists():
-            made = cell.sample(field, first, BATCH)
-            output_folder(folder)
+        path, n = folder / f"{first:06d}.npy", min(BATCH, images - first)
+        x = torch.from_numpy(np.load(path)) if path.exists() else torch.empty(0)
+        if len(x) < n:  # none yet, or the last of fewer
+            x = cell.sample(field, first, n)
             with replacing(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, made.numpy())
-        batches.append(torch.from_numpy(np.load(path)))
+                np.save(file, x.numpy())
+        batches.append(x)
     return torch.cat(batches)[:images]
 
 
-def seen(samples: Tensor, folder: Path, network: EfficientNetLite0) -> Features:
-    """Their features, kept beside them."""
-    path = folder / f"features-{len(samples)}.npy"
-    if not path.exists():
-        found = Features.of(samples, network)
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, found.values.float().numpy())
-    return Features(network.name, torch.from_numpy(np.load(path)))
-
-
-def measure(field: EpsilonField, data: str, parts: list[str], images: int, work: Path, short: bool, path: Path) -> None:
-    """All cells, recorded one by one; each beside the first of its row, which is η = 0 or the default."""
-    network = EfficientNetLite0()
-    if short:
-        # What comes with the package, so that it runs anywhere; of so few images the numbers say nothing.
-        bundled, images = Features.of(as_tensor(bundled_images()), network), 16
-        reference, floor = bundled[:32], bundled[32:]
-    else:
-        reference, floor = (features_of(data, split) for split in ("test", "train"))
+def measure(
+    field: EpsilonField,
+    network: Any,
+    compared: tuple[Features, Features],
+    parts: list[str],
+    images: int,
+    data: str,
+    work: Path,
+    path: Path,
+    short: bool = False,
+) -> None:
+    """All cells, recorded one by one, beside the `compared` features of reference images and of others for the floor."""
+    reference, floor = compared
     record: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    known: dict[tuple[str, str, int], Quality] = {}
-    for cell in cells(parts, short):
+    record["study"] = "table1"
+    todo = cells(parts, short)
+    samplers = {cell: cell.sampler(field) for cell in todo}
+    about = {"images": images, "data": data, "reference_images": len(reference), "network": network.name}
+    about["weights"] = field.describe()["weights"]
+    for name in parts:
+        # Rows of other images, data or weights are none of this table's, nor those of what a name once stood for.
+        part = record.get(name, {})
+        same = all(part.get(key) == value for key, value in about.items())
+        own = {(cell.rule, cell.steps, cell.how): samplers[cell] for cell in todo if cell.part == name}
+        kept = [
+            row
+            for row in (part["rows"] if same else [])
+            if (at := (row["rule"], row["steps"], row["how"])) in own and alike(row["sampler"], own[at])
+        ]
+        record[name] = about | {"rows": kept, "changes": part["changes"] if same and len(kept) == len(own) else []}
+    tops: dict[tuple[str, str, int], Quality] = {}
+    before: dict[tuple[str, str, str], tuple[int, Quality]] = {}
+    for cell in todo:
         folder = work / cell.key
-        found = quality(seen(drawn(field, cell, images, folder), folder, network), reference, floor)
-        row: dict[str, Any] = {"rule": cell.rule, "steps": cell.steps, "how": cell.how} | found.record()
-        first = known.setdefault((cell.part, cell.rule, cell.steps), found)
-        if found is not first:
-            for name, difference in found.difference(first, paired=True).items():
-                row |= {f"{name}_more": difference.value, f"{name}_more_error": difference.error}
-        part = record.setdefault(cell.part, {"rows": []})
-        same = lambda r, row=row: all(r[k] == row[k] for k in ("rule", "steps", "how"))
-        part["rows"] = [r for r in part["rows"] if not same(r)] + [row]
-        part |= {"images": images, "data": data, "circumstances": circumstances(field, torch.float64)}
-        record["study"] = "table1"
+        samples = drawn(field, cell, images, folder)
+        seen = kept_features(folder / f"features-{images}.npz", network, samples)
+        found = quality(seen, reference, floor)
+        row: dict[str, Any] = {"rule": cell.rule, "steps": cell.steps, "how": cell.how, "sampler": samplers[cell]}
+        row |= found.record()
+        top = tops.setdefault((cell.part, cell.rule, cell.steps), found)
+        if found is not top:
+            row |= _difference(found, top, "_more")
+        part = record[cell.part]
+        _put(part["rows"], row, ("rule", "steps", "how"))
+        for rule in RULES if cell.part == "table1" and cell.steps == 1000 else (cell.rule,):
+            last = before.get((cell.part, rule, cell.how))
+            before[cell.part, rule, cell.how] = cell.steps, found
+            if last is not None:
+                change = {"rule": rule, "how": cell.how, "steps": cell.steps, "from": last[0]}
+                _put(part["changes"], change | _difference(found, last[1], ""), ("rule", "how", "steps"))
+        part["circumstances"] = circumstances(field, torch.float64)
         write_json(path, record)
-        print(f"{cell.key}: {found.network}, {found.frechet} (floor {found.floor.frechet})", flush=True)  # type: ignore[union-attr]
+        assert found.floor is not None
+        print(f"{cell.key}: {found.network}, {found.frechet} (floor {found.floor.frechet})", flush=True)
 
 
-# -- figures --------------------------------------------------------------------------------------
+def _difference(found: Quality, other: Quality, tail: str) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for name, estimate in found.difference(other, paired=True).items():
+        out |= {f"{name}{tail}": estimate.value, f"{name}{tail}_error": estimate.error}
+    return out
+
+
+def _put(rows: list[dict[str, Any]], row: dict[str, Any], keys: tuple[str, ...]) -> None:
+    """Into the rows, in the place of the one with the same keys."""
+    rows[:] = [r for r in rows if any(r[k] != row[k] for k in keys)] + [row]
+
+
+# -- tables and figures ---------------------------------------------------------------------------
+def _name(part: str, how: str) -> str:
+    if part == "table1b":
+        return f"`{how}`"
+    return "σ̂" if how == "sigma-hat" else f"η = {how}"
+
+
+def _columns(part: dict[str, Any]) -> list[tuple[str, int]]:
+    """Rule and steps: for S = T, where the rules are one, the first."""
+    return sorted({(r["rule"], r["steps"]) for r in part["rows"]}, key=lambda at: (at[1] == 1000, at))
+
+
+def heading(record: dict[str, Any], part: str, measure: str) -> str:
+    """What a table's numbers are."""
+    about = record[part]
+    return (
+        f"{MEASURES[measure][0]} of {about['images']} samples from {about['reference_images']} images of {about['data']}, by "
+        f"{about['network']}; ± are standard errors"
+    )
+
+
+def table(record: dict[str, Any], part: str, measure: str) -> str:
+    """A Markdown table: the distance, and in brackets how much more it is than the first of its column; last the floor's."""
+    rows, scale = record[part]["rows"], MEASURES[measure][1]
+    columns = _columns(record[part])
+    top = _name(part, (ETAS if part == "table1" else SOLVERS)[0])
+    lines = [
+        f"{heading(record, part, measure)}; in brackets how much more it is than that of {top}, the same latents:\n"
+    ]
+    lines.append("| | " + " | ".join(_column(rule, S) for rule, S in columns) + " |")
+    lines.append("|---" * (len(columns) + 1) + "|")
+    show = lambda row, name, sign="": (
+        f"{scale * row[name]:{sign}.1f} ± {scale * row[f'{name}_error']:.1f}" if name in row else ""
+    )
+    found = {(r["how"], r["rule"], r["steps"]): r for r in rows}
+    for how in ETAS if part == "table1" else SOLVERS:
+        line = []
+        for at in columns:
+            row = found.get((how, *at), {})
+            more = show(row, f"{measure}_more", "+")
+            line.append(show(row, measure) + (f" ({more})" if more else ""))
+        lines.append(f"| {_name(part, how)} | " + " | ".join(line) + " |")
+    floors = {(r["rule"], r["steps"]): r["floor"] for r in rows}
+    lines.append("| floor: other images | " + " | ".join(show(floors[at], measure) for at in columns) + " |")
+    return "\n".join(lines)
+
+
+def _column(rule: str, steps: int) -> str:
+    return str(steps) if rule == "own" or steps == 1000 else f"{rule} {steps}"
+
+
+def verdict(value: float, error: float) -> str:
+    """What a change of a distance says of quality; nothing, unless it is larger than two standard errors."""
+    return "open" if abs(value) <= 2.0 * error else "better" if value < 0.0 else "worse"
+
+
+def changes(record: dict[str, Any], part: str, measure: str) -> str:
+    """A Markdown table: whether quality rises from each number of steps to the next, by paired differences."""
+    rows, scale = record[part]["changes"], MEASURES[measure][1]
+    columns = sorted({(r["rule"], r["steps"], r["from"]) for r in rows})
+    lines = [
+        f"{heading(record, part, measure)}; changes from one number to the next, the same latents, and whether they are larger "
+        "than two of their errors:\n"
+    ]
+    lines.append("| | " + " | ".join(f"{'' if r == 'own' else r + ' '}{a} → {b}" for r, b, a in columns) + " |")
+    lines.append("|---" * (len(columns) + 1) + "|")
+    found = {(r["how"], r["rule"], r["steps"], r["from"]): r for r in rows}
+    for how in ETAS if part == "table1" else SOLVERS:
+        line = []
+        for at in columns:
+            row = found.get((how, *at))
+            value, error = (row[measure], row[f"{measure}_error"]) if row else (0.0, 0.0)
+            line.append(f"{scale * value:+.1f} ± {scale * error:.1f} {verdict(value, error)}" if row else "")
+        lines.append(f"| {_name(part, how)} | " + " | ".join(line) + " |")
+    return "\n".join(lines)
+
+
 _COLOURS = dict(zip(ETAS, ("black", "tab:blue", "tab:green", "tab:orange", "tab:red"), strict=True))
 
 
 def draw(record: dict[str, Any]) -> Figure:
-    """Distance against steps by η, over both τ, and against calls by solver."""
+    """Distances against steps by η, over both τ, and against calls by solver; each panel with its own floor."""
+    shown = [("table1", rule) for rule in RULES if "table1" in record]
+    shown += [("table1b", "own") for _ in range("table1b" in record)]
+    about = record[shown[0][0]]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11.5, 3.8), layout="constrained")
-        panels = figure.subplots(1, 3)
-        for panel, rule in zip(panels, RULES, strict=False):
-            rows = [r for r in record["table1"]["rows"] if r["rule"] == rule or r["steps"] == 1000]
-            for how in ETAS:
-                _line(
-                    panel,
-                    [r for r in rows if r["how"] == how],
-                    _COLOURS[how],
-                    "σ̂" if how == "sigma-hat" else f"η = {how}",
-                )
-            panel.set(title=f"{rule} τ", xlabel="steps S", xscale="log", yscale="log")
-        rows = record.get("table1b", {"rows": []})["rows"]
-        for solver in SOLVERS:
-            _line(panels[2], [r for r in rows if r["how"] == solver], None, solver)
-        panels[2].set(title="solvers", xlabel="model calls", yscale="log")
-        for panel in panels:
-            floor = record["table1"]["rows"][0]["floor"]["frechet"]
-            panel.axhline(floor, color="0.6", linestyle=":", label="floor")
-            panel.legend(fontsize=7)
-        network = record["table1"]["rows"][0]["network"]
-        figure.supylabel(f"Fréchet distance\n{network.split(',')[0]})", fontsize=8)
+        figure = Figure(figsize=(4.0 * len(shown), 6.8), layout="constrained")
+        panels = np.asarray(figure.subplots(2, len(shown), squeeze=False, sharex="col"))
+        for column, (part, rule) in zip(panels.T, shown, strict=True):
+            rows = [r for r in record[part]["rows"] if r["rule"] == rule or (part == "table1" and r["steps"] == 1000)]
+            hows = ETAS if part == "table1" else SOLVERS
+            ticks = sorted({r["steps"] for r in rows})
+            for panel, (measure, (_, scale)) in zip(column, MEASURES.items(), strict=True):
+                for i, how in enumerate(hows):
+                    line = sorted((r for r in rows if r["how"] == how), key=lambda r: r["steps"])
+                    value, error = ([scale * r[key] for r in line] for key in (measure, f"{measure}_error"))
+                    # A little beside each other, so that bars can be told apart.
+                    aside = (i - len(hows) // 2) / len(hows)
+                    at = [S * 1.15**aside if part == "table1" else S + aside for S in (r["steps"] for r in line)]
+                    colour, label = _COLOURS[how] if part == "table1" else f"C{i}", _name(part, how).strip("`")
+                    panel.errorbar(
+                        at, value, [2.0 * e for e in error], color=colour, marker="o", markersize=3, elinewidth=0.9, label=label
+                    )  # fmt: skip
+                floor = max(rows, key=lambda r: r["steps"])["floor"]
+                value, error = scale * floor[measure], 2.0 * scale * floor[f"{measure}_error"]
+                # The kernel distance is unbiased: its floor is about 0, which a logarithm does not show.
+                place: Any = ("axes fraction", "data" if measure == "frechet" else "axes fraction")
+                height = value if measure == "frechet" else 0.02
+                words = f"floor {value:.1f} ± {error:.1f}"
+                panel.annotate(words, (0.02, height), xycoords=place, va="bottom", fontsize=7, color="0.4")
+                if measure == "frechet":
+                    panel.axhline(value, color="0.6", linestyle=":")
+                panel.set(yscale="log", xscale="log" if part == "table1" else "linear")
+                panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+                panel.yaxis.set_major_formatter("{x:g}")
+                panel.yaxis.set_minor_locator(NullLocator())
+                panel.set_xticks(ticks, list(map(str, ticks)))
+                panel.xaxis.set_minor_locator(NullLocator())
+            if rule != RULES[1]:  # whose lines are those of the panel before
+                column[0].legend(fontsize=6.5, ncols=2)
+            column[0].set_title(f"{rule} τ" if part == "table1" else "solvers")
+            column[1].set_xlabel("steps S" if part == "table1" else "model calls")
+        for panel, (name, _) in zip(panels[:, 0], MEASURES.values(), strict=True):
+            panel.set_ylabel(f"{name}, ± 2 s.e.")
+        figure.suptitle(
+            f"{about['images']} samples, {about['reference_images']} images of {about['data']}, {about['network']}", fontsize=8
+        )  # fmt: skip
     return figure
-
-
-def _line(panel: Any, rows: list[dict[str, Any]], colour: str | None, label: str) -> None:
-    rows = sorted(rows, key=lambda r: r["steps"])
-    error = [2.0 * r["frechet_error"] for r in rows]
-    panel.errorbar(
-        [r["steps"] for r in rows],
-        [r["frechet"] for r in rows],
-        error,
-        color=colour,
-        marker="o",
-        markersize=3,
-        label=label,
-    )
-
-
-def table(record: dict[str, Any], part: str) -> str:
-    """A Markdown table: the distance and its error, and in brackets how much more it is than the first of its column."""
-    rows = record[part]["rows"]
-    rules = RULES if part == "table1" else ("own",)
-    columns = [
-        (rule, S)
-        for rule in rules
-        for S in sorted({r["steps"] for r in rows if r["rule"] == rule or r["steps"] == 1000})
-    ]
-    hows = ETAS if part == "table1" else SOLVERS
-    lines = ["| | " + " | ".join(f"{'' if rule == 'own' else rule + ' '}{S}" for rule, S in columns) + " |"]
-    lines.append("|---" * (len(columns) + 1) + "|")
-    for how in hows:
-        cells_ = []
-        for rule, S in columns:
-            row = next(
-                (r for r in rows if r["how"] == how and r["steps"] == S and (r["rule"] == rule or S == 1000)), None
-            )
-            if row is None:
-                cells_.append("")
-                continue
-            more = f" ({row['frechet_more']:+.1f} ± {row['frechet_more_error']:.1f})" if "frechet_more" in row else ""
-            cells_.append(f"{row['frechet']:.1f}{more}")
-        name = {"sigma-hat": "σ̂"}.get(how, f"η = {how}") if part == "table1" else f"`{how}`"
-        lines.append(f"| {name} | " + " | ".join(cells_) + " |")
-    return "\n".join(lines)
 
 
 def main() -> None:
     """Sample, measure, record, draw."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="fashion-mnist", help="what ddim_ode.load takes")
-    parser.add_argument("--data", help="the data set that it was trained on (default: the model's name)")
+    parser.add_argument(
+        "--data", help="what it was trained on, as ddim_ode.datasets.images takes it (default for bundled models: their name)"
+    )  # fmt: skip
     parser.add_argument("--images", type=int, default=256, help="samples in each cell")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated; others keep their record")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder for the record")
-    parser.add_argument("--figures", type=Path, default=ROOT / "docs/figures", help="folder for the figure")
-    parser.add_argument("--work", type=Path, default=ROOT / "out/table1", help="folder for samples")
-    parser.add_argument(
-        "--short",
-        action="store_true",
-        help="few cells, 16 images beside the bundled ones: minutes, to see that it runs",
-    )
-    parser.add_argument("--figures-only", action="store_true", help="draw from the JSON there is, measure nothing")
+    parser.add_argument("--work", type=Path, help="folder for samples (out/table1; with --short out/paper/table1)")
+    add_folders(parser, "few cells, few images beside the bundled ones: a minute or two, to see that it runs")
     options = parser.parse_args()
     parts = options.parts.split(",")
     if not set(parts) <= set(PARTS):
         raise SystemExit(f"known parts are {', '.join(PARTS)}")
     name = Path(options.model).name
     stem = "table1" if name == "fashion-mnist" else f"table1-{name}"
-    path = output_folder(options.out) / f"{stem}.json"
+    out, figures = folders(options)
+    path = out / f"{stem}.json"
     if not options.figures_only:
-        field = ddim_ode.load(options.model)
-        work = options.work / f"{name}-{(field.describe()['weights'] or '')[:8]}"
         warnings.simplefilter("ignore", LatentWarning)
-        measure(field, options.data or name, parts, options.images, work, options.short, path)
-    record = json.loads(path.read_text("utf-8"))
-    for part in parts:
-        if part in record:
-            print(f"\n{part}\n{table(record, part)}")
-    if "table1" in record:
-        save_figure(draw(record), output_folder(options.figures) / f"{stem}.png")
+        _measure(options, parts, name, path)
+    record = json.loads(recorded(path).read_text("utf-8"))
+    for part in [part for part in parts if part in record]:
+        for measure_ in MEASURES:
+            print(f"\n{part}: {table(record, part, measure_)}")
+        for measure_ in MEASURES:
+            if record[part]["changes"]:
+                print(f"\n{part}: {changes(record, part, measure_)}")
+    save_figure(draw(record), figures / f"{stem}.png")
+
+
+def _measure(options: argparse.Namespace, parts: list[str], name: str, path: Path) -> None:
+    """Measure what the options ask for, or refuse it before anything is sampled."""
+    work = options.work or (SHORT / "table1" if options.short else ROOT / "out/table1")
+    if options.short:
+        # What comes with the package, so that it runs anywhere; of so few images the numbers say nothing.
+        data, images, most = "the bundled images", 8, 32
+    else:
+        if options.data is None and options.model not in bundled():
+            raise SystemExit(f"{options.model} is no bundled model: give --data, the data that it was trained on")
+        data, images = options.data or options.model, options.images
+        try:
+            found = splits(data)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--data {data}: {error}") from error
+        most = len(found["train"]) if len(found["test"]) > NEIGHBOURS + 1 else 0
+    if not NEIGHBOURS + 2 <= images <= most:
+        raise SystemExit(
+            f"--images must be {NEIGHBOURS + 2} at least and {most} at most, as many as {data} has for the floor, but is {images}"
+        )
+    field = ddim_ode.load(options.model)
+    if field.shape is None or (not options.short and field.shape != found["test"].shape[1:]):
+        made = None if options.short else found["test"].shape[1:]
+        raise SystemExit(f"{options.model} makes images of shape {field.shape}, and {data} holds {made}: not its data")
+    network = EfficientNetLite0()
+    if options.short:
+        seen = Features.of(as_tensor(bundled_images()), network)
+        compared = seen[:32], seen[32:]
+    else:
+        compared = features_of(data, "test"), features_of(data, "train")
+    work = work / f"{name}-{(field.describe()['weights'] or '')[:8]}"
+    measure(field, network, compared, parts, images, data, work, path, options.short)
 
 
 if __name__ == "__main__":

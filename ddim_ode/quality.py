@@ -444,8 +444,9 @@ def _warn_of_few(samples: Features, reference: Features) -> None:
     for name, x in (("samples", samples), ("reference images", reference)):
         if len(x) <= x.values.shape[1]:
             warnings.warn(
-                f"{len(x)} {name} are too few for {x.values.shape[1]} features: a covariance is singular, and the Fréchet "
-                "distance is bias above all. Beside a floor of as many real images it can be read; the kernel distance has no bias",
+                f"{len(x)} {name} are too few for {x.values.shape[1]} features, which take {x.values.shape[1] + 1} at least: a "
+                "covariance is singular, and the Fréchet distance is bias above all. Beside a floor of as many real images it can "
+                "be read; the kernel distance has no bias",
                 SampleSizeWarning,
                 stacklevel=3,
             )

@@ -12,18 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import discrete as study
 from ddim_ode import NoiseSchedule, Status
-from ddim_ode.diffusion.categorical import divergence, draw, uniform
-from ddim_ode.diffusion.discrete import (
-    Chain,
-    DiscreteField,
-    bound,
-    cross_entropy,
-    marginal,
-    noised,
-    one_hot,
-    posterior,
-    sample,
-)
+from ddim_ode.diffusion import categorical, discrete
+from ddim_ode.diffusion.categorical import Chain, divergence, draw, marginal, noised, one_hot, posterior, uniform
+from ddim_ode.diffusion.discrete import DiscreteField, bound, cross_entropy, sample
 from ddim_ode.models.discrete import DiscreteUNet, EmpiricalLogits
 
 LINEAR, COSINE = NoiseSchedule.linear(), NoiseSchedule.cosine()
@@ -519,6 +510,38 @@ def test_the_markovian_posterior_of_the_study_is_bayes_rule():
         expected = f @ (each / each.sum(dim=1, keepdim=True))
         found = study.product(one_hot(torch.tensor([[x_t]]), K), f.reshape(1, K, 1), at, as_).flatten()
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize(("at", "as_"), [(0.3, 0.8), (0.1, 0.15), (0.6, 0.99)])
+def test_the_markovian_posterior_is_a_member_for_two_classes_and_for_no_more(at, as_):
+    sigma, largest = at / as_ * (1 - as_**2) / (1 - at**2), (1 - as_) / (1 - at)
+    assert 0.0 < sigma < largest
+    for K in (2, 3):
+        x_0 = one_hot(torch.tensor([[0]]), K)
+        apart = torch.zeros(1001)
+        for k in range(K):
+            x_t = one_hot(torch.tensor([[k]]), K)
+            found = study.product(x_t, x_0, at, as_)
+            shares = [sigma, *(largest * n / 1000 for n in range(1000))]
+            each = [(posterior(x_t, x_0, at, as_, share) - found).abs().amax() for share in shares]
+            apart = torch.maximum(apart, torch.stack(each))
+        assert bool(apart[0] < 1e-14) == (K == 2)
+        assert K == 2 or bool(apart.min() > 1e-3)
+
+
+def test_rounding_leaves_no_step_out_of_its_range():
+    least = Chain.make(COSINE, 5)
+    for off in (-1.1e-16, 1.1e-16):  # about the one value that the step to t = 0 has, and about the other ends
+        for sigmas in (least.sigmas + off, np.full(5, off)):
+            chain = Chain(COSINE, least.tau, sigmas)
+            assert chain.sigmas[0] == 0.0
+            assert bool((chain.weights >= 0.0).all())
+    with pytest.raises(ValueError, match=r"sigmas\[0\].* must lie in \[0, 0\].* outside by 1e-11"):
+        Chain(COSINE, least.tau, np.full(5, 1e-11))
+
+
+def test_each_name_has_one_home():
+    assert set(categorical.__all__).isdisjoint(discrete.__all__)
 
 
 # -- refusals -----------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import pytest
 import torch
 from scipy.ndimage import correlate1d
 
-from ddim_ode.data import as_tensor, bundled_images
-from ddim_ode.metrics import mse, psnr, ssim
+from ddim_ode.data import as_tensor, bundled_images, to_uint8
+from ddim_ode.metrics import mse, psnr, rms, ssim
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +61,42 @@ def test_the_ratio_is_that_of_torchmetrics(pictures):
     torch.testing.assert_close(psnr(a, b, data_range=(0.0, 1.0)), -10 * torch.log10(4 * mse(a, b)))
 
 
-@pytest.mark.parametrize("shapes", [((2, 1, 8, 8), (2, 1, 8, 9)), ((2, 1, 5, 8), (2, 1, 5, 8)), ((2, 8, 8), (2, 8, 8))])
-def test_what_has_no_similarity_is_refused(shapes):
-    with pytest.raises(ValueError, match=r"images \(B, C, H, W\) of one shape and 6 pixels at least"):
-        ssim(*(torch.zeros(shape) for shape in shapes))
+@pytest.mark.parametrize("shape", [(2, 1, 5, 8), (2, 8, 8)])
+def test_what_has_no_similarity_is_refused(shape):
+    with pytest.raises(ValueError, match=r"images \(B, C, H, W\), 6 pixels at least each way"):
+        ssim(torch.zeros(shape), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("distance", [mse, psnr, rms, ssim])
+def test_other_shapes_are_refused_not_spread(distance):
+    one = torch.zeros(1, 1, 8, 8)
+    for a, b in ((one.expand(2, 1, 8, 8), one), (one, one.expand(1, 3, 8, 8)), (one[0, 0, 0], one[0, 0, 0])):
+        with pytest.raises(ValueError, match=r"one shape \(B, \*d\), but have \("):
+            distance(a, b)
+    with pytest.raises(TypeError, match="b must be a tensor"):
+        distance(one, one.numpy())
+
+
+@pytest.mark.parametrize("distance", [mse, psnr, ssim])
+def test_ranges_are_ranges_and_whole_numbers_are_told_theirs(distance, pictures):
+    a, b = pictures
+    for wrong in ((1.0, 1.0), (1.0, -1.0), (0.0, math.inf), (0.0, math.nan), 255.0, (0.0, 1.0, 2.0)):
+        with pytest.raises(ValueError, match="data_range must be two numbers, the lower first"):
+            distance(a, b, wrong)
+    levels = [torch.from_numpy(to_uint8(x)) for x in (a, b)]
+    for pair in (levels, (a, levels[1])):
+        with pytest.raises(ValueError, match=r"torch.uint8: give data_range=\(0, 255\)"):
+            distance(*pair)
+    torch.testing.assert_close(
+        distance(*levels, data_range=(0, 255)), distance(*(as_tensor(x.numpy()) for x in levels))
+    )
+
+
+def test_root_mean_squares_are_on_no_scale():
+    a = torch.zeros(2, 3, 2)
+    assert rms(a, a + 5.0).tolist() == [5.0, 5.0]
+    assert rms(a.to(torch.uint8), a.to(torch.uint8) + 200).tolist() == [200.0, 200.0]
+    assert rms(torch.full((1, 2), math.nan), torch.zeros(1, 2)).isnan().all()
 
 
 def test_a_missing_package_is_named(monkeypatch, pictures):

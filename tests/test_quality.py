@@ -281,7 +281,7 @@ def test_the_network_is_named_wherever_a_number_is():
 
 def test_few_images_are_warned_of_unless_a_floor_is_there():
     few, enough = drawn(5, 5), drawn(6, 5, 1)
-    with pytest.warns(SampleSizeWarning, match="5 samples are too few for 5 features"):
+    with pytest.warns(SampleSizeWarning, match="5 samples are too few for 5 features, which take 6 at least"):
         frechet_distance(few, enough)
     with pytest.warns(SampleSizeWarning, match="5 reference images are too few"):
         quality(enough, few)

@@ -38,6 +38,8 @@ Array = NDArray[np.float64]
 _UNIFORM = 2**63
 #: How far the sum of a distribution that a user gives may be from 1: float32's rounding over many classes.
 _SUM = 1e-5
+#: How far σ may be out of its range, which in the step to t = 0 is 0 alone: a probability's own rounding, float64.
+_ROUNDING = 1e-12
 
 
 # -- the family ---------------------------------------------------------------------------------
@@ -129,7 +131,7 @@ def _weights(alphas: Array, sigmas: Array, name: Callable[[int], str]) -> Array:
     """What a step makes of x_t, x_0 and the uniform distribution, (S, 3); refused if a weight would be negative."""
     largest = _largest(alphas)
     over = np.maximum(sigmas - largest, -sigmas)
-    if not np.all(over <= 1e-12 * largest):
+    if not np.all(over <= _ROUNDING):
         i = int(np.argmax(np.where(np.isnan(over), np.inf, over)))
         raise ValueError(
             f"{name(i)} must lie in [0, {largest[i]:.10g}], (1 - alpha_s)/(1 - alpha_t), but is {sigmas[i]:.10g}: outside by {over[i]:.3g}"

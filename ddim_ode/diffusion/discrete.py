@@ -24,11 +24,8 @@ from ddim_ode.diffusion.categorical import (
     fade,
     image_keys,
     indicators,
-    marginal,
     mix,
     noised,
-    one_hot,
-    posterior,
     uniform,
 )
 from ddim_ode.noise import check_seed
@@ -37,15 +34,10 @@ from ddim_ode.solution import Status
 
 __all__ = [
     "Bound",
-    "Chain",
     "DiscreteField",
     "Samples",
     "bound",
     "cross_entropy",
-    "marginal",
-    "noised",
-    "one_hot",
-    "posterior",
     "sample",
 ]
 
