@@ -65,7 +65,7 @@ bench-table1: .venv/dev             ## Table 1 and its like for solvers: two hou
 bench-paper-figures: .venv/dev      ## Figures 3 to 6: half an hour
 	$(BIN)/python -m benchmarks.paper_figures
 
-paper: bench-proposition1 bench-discrete bench-table1 bench-paper-figures ## all experiments of the paper: about four hours
+paper: bench-proposition1 bench-discrete bench-table1 bench-paper-figures ## all experiments of the paper: hours, four by estimate
 	$(BIN)/python -m benchmarks.round_trip --parts table2 --problems network,network-cifar10
 
 paper-short: .venv/dev              ## the same on few images and steps, into out/paper: two minutes

@@ -101,7 +101,8 @@ def line(lengths: tuple[int, ...], seconds: list[list[float]]) -> dict[str, Any]
 def figure5(field: EpsilonField, short: bool) -> Found:
     """Distances to the image of the longest trajectory, in features, of the same latent and of unrelated ones."""
     steps, n = (STEPS[:3], 8) if short else (STEPS, 32)
-    network, latent = EfficientNetLite0(), None if field.shape is None else noise(field.shape, n, 2)
+    assert field.shape is not None
+    network, latent = EfficientNetLite0(), noise(field.shape, n, 2)
     rows, pictures = [], {}
     for eta in ("0", "1"):
         images = {}
@@ -241,22 +242,27 @@ def main() -> None:
     tail = "" if name == "fashion-mnist" else f"-{name}"
     out, figures = folders(options)
     path = out / f"paper_figures{tail}.json"
+    if not options.figures_only:
+        measure(ddim_ode.load(options.model), parts, options.parts is not None, options.short, path)
+    record = json.loads(recorded(path).read_text("utf-8"))
+    pictures = dict(np.load(recorded(path.with_suffix(".npz"))))
+    for part in parts:
+        if part in record:
+            save_figure(draw(record, pictures, part), figures / f"paper-{part}{tail}.png")
+
+
+def measure(field: EpsilonField, parts: list[str], again: bool, short: bool, path: Path) -> None:
+    """Record part by part; those that are there are left, unless they are to be made `again`."""
     kept = path.with_suffix(".npz")
-    if options.figures_only:
-        record: dict[str, Any] = json.loads(recorded(path).read_text("utf-8"))
-        recorded(kept)
-    else:
-        record = json.loads(path.read_text("utf-8")) if path.exists() else {"study": "paper_figures"}
+    record: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {"study": "paper_figures"}
     pictures: dict[str, np.ndarray] = dict(np.load(kept)) if kept.exists() else {}
-    field = None if options.figures_only else ddim_ode.load(options.model)
-    for part in parts if field is not None else ():
-        assert field is not None
-        about = {"weights": field.describe()["weights"], "short": options.short, "ddim_ode": ddim_ode.__version__}
+    for part in parts:
+        about = {"weights": field.describe()["weights"], "short": short, "ddim_ode": ddim_ode.__version__}
         whole = part == "figure4" or any(name.startswith(part) for name in pictures)
-        if options.parts is None and whole and record.get(part, {}).get("made") == about:
+        if not again and whole and record.get(part, {}).get("made") == about:
             print(f"{part} is recorded; --parts {part} runs it again", flush=True)
             continue
-        found, made = PARTS[part](field, options.short)
+        found, made = PARTS[part](field, short)
         record[part] = found | {"made": about, "circumstances": circumstances(field, torch.float64)}
         pictures = {k: v for k, v in pictures.items() if not k.startswith(part)} | {
             f"{part}|{k}": v for k, v in made.items()
@@ -265,9 +271,6 @@ def main() -> None:
             np.savez_compressed(file, **pictures)  # type: ignore[arg-type]
         write_json(path, record)
         print(f"{part} done", flush=True)
-    for part in parts:
-        if part in record:
-            save_figure(draw(json.loads(json.dumps(record)), pictures, part), figures / f"paper-{part}{tail}.png")
 
 
 if __name__ == "__main__":

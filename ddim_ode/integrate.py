@@ -19,7 +19,7 @@ from ddim_ode.dense import Dense, onto_ends
 from ddim_ode.field import EpsilonField
 from ddim_ode.grid import Grid
 from ddim_ode.noise import check_seed
-from ddim_ode.schedule import whole
+from ddim_ode.schedule import as_numbers, whole
 from ddim_ode.solution import Outcome, Solution, Status, Step
 from ddim_ode.solvers import Solver, get
 
@@ -147,13 +147,8 @@ def integrate(
 
 
 def _levels(save_at: Sequence[float], grid: Grid) -> list[float]:
-    given = save_at.detach().to("cpu", torch.float64) if isinstance(save_at, Tensor) else save_at
-    try:
-        levels = np.asarray(given, dtype=np.float64)
-    except (TypeError, ValueError):  # not numbers, or not in one row: said below
-        levels = np.empty(0)
     low, high = float(grid.sigmas.min()), float(grid.sigmas.max())
-    levels = onto_ends(levels, low, high)
+    levels = onto_ends(as_numbers(save_at), low, high)
     if levels.ndim != 1 or not levels.size or not np.all((levels >= low) & (levels <= high)):
         raise ValueError(f"save_at must be sigmas in the run, {low:.10g} to {high:.10g}, but got {save_at!r}")
     return levels.tolist()

@@ -45,6 +45,17 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def as_numbers(given: Any) -> Array:
+    """What was given, as float64; one NaN, if there is anything but numbers in it."""
+    if isinstance(given, Tensor):
+        given = given.detach().cpu().tolist()  # in bfloat16 too, which numpy has not got
+    try:
+        found = np.asarray(given)
+    except (TypeError, ValueError):  # rows of several lengths
+        return np.array([math.nan])
+    return found.astype(np.float64) if found.dtype.kind in "fiu" else np.array([math.nan])
+
+
 class NoiseSchedule(ABC):
     r"""A smooth, increasing map from time to noise level, :math:`\sigma : [0, T] \to [0, \sigma_T]`.
 

@@ -53,11 +53,12 @@ def covariance(member):
 )
 def test_marginals_are_kept_by_the_numbers(member, forward):
     """The error of x̄ at each level, propagated exactly by the package's conditionals, has the variance σ²."""
-    variance, count = 0.0, len(member.levels)
-    for n in range(count - 1, -1, -1) if forward else range(count):
-        mean, spread = member._conditional(n, forward)
+    variance, rows = 0.0, member._conditionals(forward)
+    assert sorted(n for n, *_ in rows) == list(range(len(member.levels)))
+    for n, stretch, mean, spread in rows:
         variance = mean**2 * variance + spread**2
         assert variance == pytest.approx(member.levels[n] ** 2, rel=1e-11)
+        assert stretch == pytest.approx(math.hypot(1.0, member.levels[n]), rel=1e-15)
 
 
 @members
@@ -166,10 +167,8 @@ def test_equal_seeds_draw_other_noise_elsewhere():
     # Where ε is 0, what a step of generation adds to x̄ is its noise.
     down = sample(zero, torch.zeros_like(clean), grid=GRID, eta=1.0, trajectory=True).trajectory.diff(dim=0)[:-1]
     x_bar = MEMBERS["eta=1"].sample(clean) * (1.0 + levels**2).sqrt().reshape(-1, 1, 1)
-    own = [x_bar[0]]
-    for n in range(1, len(levels)):
-        mean, _ = MEMBERS["eta=1"]._conditional(n, False)
-        own.append(x_bar[n] - mean * x_bar[n - 1])
+    conditionals = MEMBERS["eta=1"]._conditionals(False)
+    own = [x_bar[0], *(x_bar[n] - mean * x_bar[n - 1] for n, _, mean, _ in conditionals[1:])]
     asked = []
     watched = EpsilonField.from_sigma(lambda x, s: asked.append(x) or torch.zeros_like(x), LINEAR, shape=(1,))
     l_gamma(watched, clean, levels)

@@ -26,22 +26,11 @@ from torch import Tensor
 from ddim_ode.grid import Grid
 from ddim_ode.integrate import check_state
 from ddim_ode.noise import INFERENCE, check_seed, draw
-from ddim_ode.schedule import is_number, whole
+from ddim_ode.schedule import as_numbers, is_number, whole
 
-__all__ = ["Inference", "as_numbers", "check_noise", "check_spreads", "split"]
+__all__ = ["Inference", "check_noise", "check_spreads", "split"]
 
 Array = NDArray[np.float64]
-
-
-def as_numbers(given: Any) -> Array:
-    """What was given, as float64; one NaN, if there is anything but numbers in it."""
-    if isinstance(given, Tensor):
-        given = given.detach().cpu().tolist()  # in bfloat16 too, which numpy has not got
-    try:
-        found = np.asarray(given)
-    except (TypeError, ValueError):  # rows of several lengths
-        return np.array([math.nan])
-    return found.astype(np.float64) if found.dtype.kind in "fiu" else np.array([math.nan])
 
 
 def check_noise(eta: Any, deviations: Any) -> tuple[float, tuple[float, ...] | None]:
@@ -167,31 +156,30 @@ class Inference:
         """
         seed, first = check_seed(seed), whole(first, "first", 0)
         check_state(None, x_0, "x_0")
-        clean = x_0.double()
-        order = range(len(self.levels) - 1, -1, -1) if forward else range(len(self.levels))
+        clean, images = x_0.double(), range(first, first + x_0.shape[0])
         chain: list[Tensor] = [clean] * len(self.levels)
-        error: Tensor | None = None
-        for n in order:
-            z = draw(tuple(x_0.shape[1:]), range(first, first + x_0.shape[0]), seed, n + 1, INFERENCE).to(clean.device)
-            error = self._next(error, n, forward, z)
-            chain[n] = (clean + error) / math.sqrt(1.0 + self.levels[n] ** 2)
+        error = torch.zeros_like(clean)
+        for n, stretch, mean, spread in self._conditionals(forward):
+            z = draw(tuple(x_0.shape[1:]), images, seed, n + 1, INFERENCE).to(clean.device)
+            error = mean * error + spread * z
+            chain[n] = (clean + error) / stretch
         return torch.stack(chain)
 
-    def _next(self, error: Tensor | None, n: int, forward: bool, z: Tensor | float) -> Any:
-        """x̄ − x_0 at level n from that at the level before, and from z."""
-        mean, spread = self._conditional(n, forward)
-        return spread * z if error is None else mean * error + spread * z
+    def _conditionals(self, forward: bool) -> list[tuple[int, float, float, float]]:
+        """Level by level in the order of the draws: its place, √(1 + σ²), and the conditional of the error x̄ − x_0 there.
 
-    def _conditional(self, n: int, forward: bool) -> tuple[float, float]:
-        """What the error x̄ − x_0 of the level before is multiplied by to be the mean at level n, and the spread about it."""
+        That has for its mean a multiple of the error at the level before, 0 for the first, and a spread.
+        """
         sigmas = self.levels
         towards, spread = split(sigmas, self.eta, self.deviations)
-        if n == (len(sigmas) - 1 if forward else 0):
-            return 0.0, float(sigmas[n])
         if forward:
-            high, low = sigmas[n], sigmas[n + 1]
-            return float(high * towards[n] / low**2), float(high * spread[n] / low)
-        return float(towards[n - 1] / sigmas[n - 1]), float(spread[n - 1])
+            high, low = sigmas[:-1], sigmas[1:]
+            means, spreads = np.append(high * towards / low**2, 0.0), np.append(high * spread / low, sigmas[-1])
+        else:
+            means, spreads = np.append(0.0, towards / sigmas[:-1]), np.append(sigmas[0], spread)
+        columns = (np.sqrt(1.0 + sigmas**2), means, spreads)
+        rows = list(zip(range(sigmas.size), *(column.tolist() for column in columns), strict=True))
+        return rows[::-1] if forward else rows
 
     def log_density(self, x_0: Tensor, x: Tensor, *, forward: bool = False) -> Tensor:
         r"""Log q_σ(x_{τ_1 … τ_S} | x_0), by eq. 6 or, `forward`, as the product of eq. 8's conditionals.
@@ -220,27 +208,22 @@ class Inference:
             raise TypeError(
                 f"x must be a tensor of floats, but got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
             )
-        clean, sigmas = x_0.double(), self.levels
-        if x.shape != (len(sigmas), *x_0.shape):
+        clean, count = x_0.double(), len(self.levels)
+        if x.shape != (count, *x_0.shape):
             raise ValueError(
-                f"x must hold all {len(sigmas)} levels, shape {(len(sigmas), *x_0.shape)}, but its shape is {tuple(x.shape)}"
+                f"x must hold all {count} levels, shape {(count, *x_0.shape)}, but its shape is {tuple(x.shape)}"
             )
         if x.device != x_0.device:
             raise ValueError(f"x is on {x.device}, but x_0 is on {x_0.device}: move one of them with .to(...)")
         check_spreads(self, "q has no density")
         total = torch.zeros(x_0.shape[0], dtype=torch.float64, device=clean.device)
-        before: Tensor | None = None
-        for n in range(len(sigmas) - 1, -1, -1) if forward else range(len(sigmas)):
-            _, spread = self._conditional(n, forward)
-            error = x[n].double() * math.sqrt(1.0 + sigmas[n] ** 2) - clean
+        before = torch.zeros_like(clean)
+        for n, stretch, mean, spread in self._conditionals(forward):
+            error = x[n].double() * stretch - clean
+            off = (error - mean * before).flatten(1)
             # In x, a density of x̄ is multiplied by the stretch.
-            deviation = spread / math.sqrt(1.0 + sigmas[n] ** 2)
-            off = (error - self._next(before, n, forward, 0.0)).flatten(1)
-            total = (
-                total
-                - 0.5 * (off / spread).square().sum(1)
-                - off.shape[1] * math.log(deviation * math.sqrt(2.0 * math.pi))
-            )
+            height = off.shape[1] * math.log(spread / stretch * math.sqrt(2.0 * math.pi))
+            total = total - 0.5 * (off / spread).square().sum(1) - height
             before = error
         return total
 

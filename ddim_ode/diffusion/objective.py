@@ -26,11 +26,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddim_ode.diffusion.inference import Inference, as_numbers, check_spreads, split
+from ddim_ode.diffusion.inference import Inference, check_spreads, split
 from ddim_ode.field import EpsilonField, check_field
 from ddim_ode.integrate import check_state
 from ddim_ode.noise import OBJECTIVE, check_seed, draw
-from ddim_ode.schedule import is_number, whole
+from ddim_ode.schedule import as_numbers, is_number, whole
 from ddim_ode.solution import Status
 
 __all__ = ["Objective", "constant", "gamma", "l_gamma", "variational_bound"]
@@ -175,7 +175,7 @@ def l_gamma(
     ValueError, TypeError
         If an argument cannot be used, before any model call.
     """
-    _check(field, x_0, seed, batch_size)
+    seed, size = _check(field, x_0, seed, batch_size)
     levels, end = as_numbers(sigmas), field.schedule.sigma_max
     # σ_T in float32 is σ_T, as for a grid.
     if levels.ndim != 1 or not levels.size or not np.all((levels > 0.0) & (levels <= end * (1.0 + 1e-6))):
@@ -189,7 +189,7 @@ def l_gamma(
             f"weights must be one number of at least 0, or one for each of {levels.size} levels, but got {weights!r}"
         )
     found = np.empty((levels.size, x_0.shape[0]))
-    for n, rows, _, z, eps in _asked(field, x_0, levels, seed, batch_size):
+    for n, rows, _, z, eps in _asked(field, x_0, levels, seed, size):
         found[n, rows] = _squares(eps - z)
     with np.errstate(invalid="ignore", over="ignore"):  # of a failed image
         found *= np.broadcast_to(given, levels.shape)[:, None]
@@ -206,16 +206,12 @@ def variational_bound(
 
     Parameters
     ----------
-    field : EpsilonField
-        ε_θ.
-    x_0 : Tensor
-        Images (B, \*d).
+    field, x_0, seed, batch_size
+        As for :func:`l_gamma`.
     member : Inference
         q_σ, and with it the generative process of eq. 10.
     last : float
         σ_1 of eq. 10, as for :func:`gamma`.
-    seed, batch_size
-        As for :func:`l_gamma`.
 
     Returns
     -------
@@ -228,7 +224,7 @@ def variational_bound(
         If a step of q_σ adds no noise, its levels are not the schedule's, or another argument cannot be used, before any model
         call.
     """
-    _check(field, x_0, seed, batch_size)
+    seed, batch = _check(field, x_0, seed, batch_size)
     gamma(member, last)  # refuses what would be infinite
     sigmas, own = member.levels, member.grid.schedule
     if own is not field.schedule and own.config != field.schedule.config:
@@ -238,7 +234,7 @@ def variational_bound(
     towards, spread = split(sigmas, member.eta, member.deviations)
     towards, spread = np.append(towards, 0.0), np.append(spread, last)
     found, size = np.empty((sigmas.size, x_0.shape[0])), math.prod(x_0.shape[1:])
-    for n, rows, clean, z, eps in _asked(field, x_0, sigmas, seed, batch_size):
+    for n, rows, clean, z, eps in _asked(field, x_0, sigmas, seed, batch):
         estimate = clean + sigmas[n] * (z - eps)  # of x_0, eq. 9
         # Means in x̄; in the last step that of q is x_0 itself.
         off = clean - estimate + towards[n] * (z - eps)
@@ -250,13 +246,11 @@ def variational_bound(
 
 
 def _asked(
-    field: EpsilonField, x_0: Tensor, sigmas: Array, seed: int, batch_size: int | None
+    field: EpsilonField, x_0: Tensor, sigmas: Array, seed: int, size: int
 ) -> Iterator[tuple[int, slice, Tensor, Tensor, Tensor]]:
     """At each level, for each batch: the level's place, the images' rows, x_0, ε drawn, and ε_θ of x̄ = x_0 + σε."""
-    seed, count = check_seed(seed), x_0.shape[0]
-    size = count if batch_size is None else whole(batch_size, "batch_size")
-    for start in range(0, count, size):
-        rows = slice(start, min(start + size, count))
+    for start in range(0, x_0.shape[0], size):
+        rows = slice(start, min(start + size, x_0.shape[0]))
         clean, images = x_0[rows].detach().double(), range(rows.start, rows.stop)
         ask = field.bind(clean, sigmas, rows)
         for n, sigma in enumerate(sigmas.tolist()):
@@ -270,13 +264,12 @@ def _squares(x: Tensor) -> Array:
     return x.square().flatten(1).sum(1).cpu().numpy()
 
 
-def _check(field: EpsilonField, x_0: Tensor, seed: int, batch_size: int | None) -> None:
+def _check(field: EpsilonField, x_0: Tensor, seed: int, batch_size: int | None) -> tuple[int, int]:
+    """The seed, and how many images at once."""
     check_field(field)
     check_state(field, x_0, "x_0")
     field.check_conditions(x_0.shape[0])
-    check_seed(seed)
-    if batch_size is not None:
-        whole(batch_size, "batch_size")
+    return check_seed(seed), x_0.shape[0] if batch_size is None else whole(batch_size, "batch_size")
 
 
 def _objective(sigmas: Array, found: Array, prior: Array) -> Objective:
