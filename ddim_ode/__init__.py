@@ -1,5 +1,6 @@
 """DDIM sampling as what it is: one ordinary differential equation in σ and x̄, and its solvers."""
 
+from ddim_ode.calibration import calibrate
 from ddim_ode.checking import Report, check
 from ddim_ode.codes import Code, load_code
 from ddim_ode.dense import Dense
@@ -40,15 +41,16 @@ from ddim_ode.solvers import (
     fit_gaussian,
     solvers,
 )
+from ddim_ode.solvers.calibrated import Calibrated, load_solver
 
 __all__ = [
-    "DATA", "NOISE", "Adaptive", "AsynchronousLeapfrog", "Clock", "Code", "Dense", "EfficientNetLite0",
+    "DATA", "NOISE", "Adaptive", "AsynchronousLeapfrog", "Calibrated", "Clock", "Code", "Dense", "EfficientNetLite0",
     "EpsilonField", "Features", "Flow", "Gaussian", "Gaussianity", "Generative", "Grid", "ImplicitMidpoint",
     "Inverse", "Ipndm", "LatentWarning", "Likelihood", "Linear", "McCallumFoster", "ModelWarning", "Multistep",
     "NoiseSchedule", "Outcome", "Quality", "Report", "RoundTrip", "RungeKutta", "SampleSizeWarning", "Scipy",
     "SingleStep", "Solution", "Solver", "Status", "Step", "Tableau", "TorchDiffEq", "TwoStep",
-    "attribute_direction", "check", "decode", "encode", "fit_gaussian", "gaussianity", "grids", "integrate",
-    "interpolate", "load", "load_code", "log_density", "move_latent", "noise", "quality", "round_trip", "sample",
+    "attribute_direction", "calibrate", "check", "decode", "encode", "fit_gaussian", "gaussianity", "grids", "integrate",
+    "interpolate", "load", "load_code", "load_solver", "log_density", "move_latent", "noise", "quality", "round_trip", "sample",
     "slerp", "solvers",
 ]  # fmt: skip
 

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 import ddim_ode
-from ddim_ode.field import EpsilonField, digest
+from ddim_ode.field import EpsilonField, differences, digest
 from ddim_ode.files import replacing
 from ddim_ode.grid import Grid
 from ddim_ode.schedule import NoiseSchedule
@@ -101,16 +101,7 @@ class Code:
 
     def differences(self, field: EpsilonField) -> list[str]:
         """In what `field` is not the model that made this code, in words; what neither of them knows is passed over."""
-        own, other = self.model, field.describe()
-        out = []
-        for name in dict.fromkeys((*own, *other)):
-            a, b = own.get(name), other.get(name)
-            if a == b or (name in ("weights", "shape") and None in (a, b)):
-                continue
-            if name == "weights":
-                a, b = f"{str(a)[:12]}…", f"{str(b)[:12]}…"
-            out.append(f"{name} is {b!r}, was {a!r}")
-        return out
+        return differences(self.model, field.describe())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a ``.safetensors`` or ``.npz`` file, whole or not at all.

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ddim_ode.schedule import NoiseSchedule, is_number
 
-__all__ = ["COORDINATES", "Codec", "EpsilonField", "PREDICTIONS", "as_epsilon", "check_field"]
+__all__ = ["COORDINATES", "Codec", "EpsilonField", "PREDICTIONS", "as_epsilon", "check_field", "differences"]
 
 Array = NDArray[np.float64]
 
@@ -569,6 +569,25 @@ def check_field(field: Any) -> None:
         raise TypeError(
             f"field must be an EpsilonField, but got {type(field).__name__}: wrap a network as EpsilonField(model, schedule)"
         )
+
+
+def differences(own: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """In what one description of a field is not the other, in words; what neither of them knows is passed over.
+
+    Parameters
+    ----------
+    own, other : mapping
+        What :meth:`EpsilonField.describe` said, of what something was made by and of what it is to be used with.
+    """
+    out = []
+    for name in dict.fromkeys((*own, *other)):
+        a, b = own.get(name), other.get(name)
+        if a == b or (name in ("weights", "shape") and None in (a, b)):
+            continue
+        if name == "weights":
+            a, b = f"{str(a)[:12]}…", f"{str(b)[:12]}…"
+        out.append(f"{name} is {b!r}, was {a!r}")
+    return out
 
 
 def _bare(model: nn.Module) -> nn.Module:

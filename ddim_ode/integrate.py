@@ -110,6 +110,8 @@ def integrate(
         raise ValueError(
             f"{method.name} may add noise at each step, and has no path between them: leave out dense and save_at"
         )
+    if rows is None:  # else a batch of a run whose field was looked at when it began
+        method.check_field(field)
     seed, first = check_seed(seed), whole(first, "first", 0)
     if (gradients or checkpoint) and not method.differentiable:
         raise ValueError(f"gradients do not flow through {method.name}: use another solver")

@@ -544,6 +544,9 @@ def plan(
                 f"grid = {grid!r} needs steps= with {method.name}: the nodes where it must stop on its way"
             )
         grid = [field.schedule.sigma_max, 0.0] if grid is None else grid
+    own = method.own_grid(field.schedule)
+    if own is not None:
+        return method, _only(method, own, direction, grid, steps, nfe)
     options: dict[str, float] = {}
     if grid is None:
         grid, options = (default.grid, default.options) if solver is None else (GRID, {})
@@ -576,6 +579,23 @@ def plan(
     return method, nodes
 
 
+def _only(method: Solver, own: Grid, direction: str, grid: GridLike | None, steps: int | None, nfe: int | None) -> Grid:
+    """The one grid of a solver that has no other; what is named beside it must be the same."""
+    ways = {True: "encode", False: "sample"}
+    if ways[own.encoding] != direction:
+        raise ValueError(
+            f"{method.name} was made to {ways[own.encoding]}, over its own grid, and cannot {direction}: name another solver"
+        )
+    for name, value, has in (("steps", steps, own.steps), ("nfe", nfe, method.calls(own))):
+        if value is not None and value != has:
+            raise ValueError(
+                f"{name} = {value!r} contradicts {method.name}, which has {has}: leave it out, or name a solver that was made for it"
+            )
+    if grid is not None and not (isinstance(grid, Grid) and np.array_equal(grid.sigmas, own.sigmas)):
+        raise ValueError(f"{method.name} brings its own grid: leave grid out")
+    return own
+
+
 def _in_batches(
     field: EpsilonField,
     start: Tensor,
@@ -589,6 +609,7 @@ def _in_batches(
     batch_size = None if batch_size is None else whole(batch_size, "batch_size")
     if batch_size is None or batch_size >= start.shape[0]:
         return integrate(field, start, grid, solver, second=second, **options)
+    solver.check_field(field)
     size = batch_size
     with torch.set_grad_enabled(start.requires_grad):
         starts = start.split(size)

@@ -283,6 +283,13 @@ class Solver(ABC):
         """The solver of a batch of these images: itself, but for one that draws noise by (seed, image)."""
         return self
 
+    def own_grid(self, schedule: NoiseSchedule) -> Grid | None:
+        """The only grid it runs on, in the direction it runs in, if there is but one."""
+        return None
+
+    def check_field(self, field: Any) -> None:  # noqa: B027  (most run with all)
+        """Refuse an :class:`~ddim_ode.EpsilonField` that it was not made for, before any model call."""
+
     @abstractmethod
     def init(self, field: Field, x_bar: Tensor, grid: Grid) -> Any:
         r"""The state before the first step; all that depends on the grid alone is worked out here, on the host.

@@ -1,0 +1,645 @@
+r"""Solvers fitted to a model: a few accurate trajectories of it buy what no fixed formula can.
+
+A method of N calls on one grid is a table of numbers (:mod:`ddim_ode.solvers.calibrated`). Here they are fitted, in three stages of
+which each starts from the best before it:
+
+``coefficients``
+    Step by step, on the states that the fitted steps before have led to, the weights of the last evaluations and the propagator that
+    come nearest to the reference at the step's end: linear least squares, shrunk towards the unfitted member.
+``grid``
+    The levels, by Gauss–Newton on the ends of the trajectories; then the coefficients again; in turns.
+``refined``
+    Levels and all numbers together, by Gauss–Newton on the ends.
+
+What the last two lessen is the mean over samples of the RMS error at the end, by least squares that are weighted anew at each step:
+of few calls a sample near the border between two modes may be off by a whole image, and plain squares would be about such samples
+alone. Derivatives with respect to a number are differences between two runs of the rest of the trajectory: no gradient goes through
+the network, which may be anything. What is kept is what does best on trajectories that nothing was fitted to; without an
+improvement there, the default.
+
+Learned from Bespoke Non-Stationary solvers (Shaul et al. 2024: every solver is such a table), S4S (Frankel et al. 2025: coefficients
+and levels in turns, then together), LD3 (Tong et al. 2024: levels by the end of the trajectory), and GITS (Chen et al. 2024).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import ddim_ode
+from ddim_ode.dense import Dense
+from ddim_ode.field import EpsilonField, check_field
+from ddim_ode.grid import Grid
+from ddim_ode.integrate import check_state, integrate
+from ddim_ode.noise import check_seed, noise
+from ddim_ode.quality import Features
+from ddim_ode.sampling import DEFAULTS, plan
+from ddim_ode.schedule import whole
+from ddim_ode.solution import Status
+from ddim_ode.solvers import Solver, get
+from ddim_ode.solvers.calibrated import HOLDS_FOR, PART, Calibrated, Table, table
+
+__all__ = ["calibrate"]
+
+Array = NDArray[np.float64]
+
+#: Trajectories when neither latents nor a number are given.
+SAMPLES = 32
+#: Evaluations that a step's fitted weights go back.
+HISTORY = 5
+#: What the shrinkage of least squares is chosen from, relative to the squares of what it is about.
+SHRINKAGE = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+#: And that of a Gauss–Newton step.
+DAMPING = (1e-3, 1e-2, 1e-1, 1.0)
+#: Differences: of numbers, in units of the step, and of levels, in shares of the gap to the nearer neighbour.
+_H, _MOVE = 1e-3, 1e-2
+#: Nodes kept of a reference, for the states on its way.
+_KEPT = 100
+#: Members that are tried for a base beside the default, on the default's grid.
+BASES = {"sample": ("flow3", "flow2"), "encode": ("flowup4",)}
+
+
+def calibrate(
+    field: EpsilonField,
+    nfe: int = 10,
+    *,
+    latents: Tensor | None = None,
+    images: Tensor | None = None,
+    n: int | None = None,
+    seed: int = 0,
+    direction: str = "sample",
+    refine: int = 6,
+    consistent: bool = False,
+    reference_nfe: int = 400,
+    batch_size: int = 64,
+    network: Callable[[Tensor], Tensor] | None = None,
+    advance: Callable[[str], Any] = lambda what: None,
+) -> Calibrated:
+    r"""Fit a solver of `nfe` calls to a model.
+
+    Parameters
+    ----------
+    field : EpsilonField
+        ε. Gradients are not needed.
+    nfe : int
+        Calls of the solver, at least 2.
+    latents : Tensor, optional
+        x_T, (B, \*d), B ≥ 4, of the kind it will be used on. Without them, `n` (32) are drawn from `seed`.
+    images : Tensor, optional
+        For ``direction="encode"``: x_0 to encode, in place of latents. By default what the model makes of the latents is encoded.
+    n, seed : int
+        As for :func:`ddim_ode.sample`.
+    direction : {"sample", "encode"}
+        Which way.
+    refine : int
+        Gauss–Newton steps of the last stage, at most. Each costs about ``3 nfe²`` calls on every trajectory fitted to; 0 leaves it out.
+    consistent : bool
+        Keep what is exact for constant ε: the coefficients of each step add up to the σ it goes. It costs accuracy, and keeps
+        colours and means as they are.
+    reference_nfe : int
+        Calls of the reference; it is checked by one of half as many.
+    batch_size : int
+        Trajectories at once.
+    network : callable, optional
+        What sees features of images, as for :meth:`Features.of`: then distances between those of the solver's and of the reference's
+        images are in the record.
+    advance : callable
+        Called with a few words before each piece of work.
+
+    Returns
+    -------
+    Calibrated
+        To be named as ``solver=``. Its ``record`` has the stages with their errors on both halves, which of them it is, what the
+        reference was and how far it can be trusted, what it cost, energy at high frequencies against the reference's, versions.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an argument cannot be used, before any model call; and if the reference does not converge, or too few trajectories are
+        left.
+    """
+    check_field(field)
+    began = time.perf_counter()
+    nfe = whole(nfe, "nfe, the calls of a calibrated solver,", 2)
+    refine = whole(refine, "refine, the steps of refinement,", 0)
+    reference_nfe = whole(reference_nfe, "reference_nfe", 4 * nfe)
+    start = _starts(field, latents, images, n, seed, direction)
+    task = _Task(field, direction, whole(batch_size, "batch_size"))
+    base, unfitted = _bases(field, nfe, direction)
+
+    advance(f"reference, {reference_nfe} and {reference_nfe // 2} calls on {len(start)} trajectories")
+    known = _reference(task, start, images is not None, reference_nfe)
+    fitted, held = known.split()
+    study = _Study(task, fitted, held, consistent, advance)
+    default = study.judge("default", unfitted)
+    if known.difference > 0.2 * default.held:
+        raise ValueError(
+            f"the reference does not converge: at {reference_nfe} and {reference_nfe // 2} calls its two resolutions differ by "
+            f"{known.difference:.2g} RMS, and the default at {nfe} calls by {default.held:.2g} from it: give a larger reference_nfe"
+        )
+    study.run(base, refine)
+    return study.result(known, began, seed if latents is None and images is None else None, network)
+
+
+# -- what it is fitted to -----------------------------------------------------------------------
+def _starts(
+    field: EpsilonField, latents: Tensor | None, images: Tensor | None, n: int | None, seed: int, direction: str
+) -> Tensor:
+    """Latents, or images to encode, at least four."""
+    if direction not in DEFAULTS:
+        raise ValueError(f'direction must be "sample" or "encode", but got {direction!r}')
+    if images is not None and direction == "sample":
+        raise ValueError('images are what is encoded: leave them out, or say direction="encode"')
+    if images is not None and latents is not None:
+        raise ValueError("latents and images are two ways to say one thing: give one of them")
+    given, name = (images, "images") if images is not None else (latents, "latents")
+    if given is None:
+        if field.shape is None:
+            raise ValueError("n needs to know the shape of a sample: make the field with shape=(...), or give latents=")
+        given = noise(field.shape, SAMPLES if n is None else whole(n, "n"), check_seed(seed))
+        given = given.to(field.device or "cpu")
+        name = "n"
+    else:
+        check_state(field, given, name)
+        if n is not None and n != given.shape[0]:
+            raise ValueError(f"n = {n} contradicts the {given.shape[0]} {name} given: leave it out")
+    if given.shape[0] < 4:
+        raise ValueError(
+            f"{name} must be 4 trajectories at least, two to fit to and two to hold back, but got {given.shape[0]}"
+        )
+    field.check_conditions(given.shape[0])
+    return given.detach().double()
+
+
+@dataclass(frozen=True, eq=False)
+class _Half:
+    """Some of the trajectories: where they start and end as x̄, the states between, and their rows among the conditions."""
+
+    start: Tensor
+    exact: Tensor
+    path: Dense
+    rows: Tensor
+
+    def __getitem__(self, chosen: Tensor) -> _Half:
+        slopes = tuple(None if x is None else x[chosen] for x in self.path.slopes)
+        path = Dense(self.path.sigmas, self.path.x_bar[:, chosen], slopes, self.path.order)
+        return _Half(self.start[chosen], self.exact[chosen], path, self.rows[chosen])
+
+    def split(self, size: int) -> list[_Half]:
+        return [self[chosen] for chosen in torch.arange(len(self.rows), device=self.start.device).split(size)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Reference:
+    """All trajectories, how far they can be trusted, and what they cost."""
+
+    whole: _Half
+    difference: float
+    method: str
+    nfe: int
+    calls: int
+    dropped: int
+
+    def split(self) -> tuple[_Half, _Half]:
+        """To fit to, and to hold back: a third, two at least."""
+        count = len(self.whole.rows)
+        held = max(2, round(count / 3))
+        every = torch.arange(count, device=self.whole.start.device)
+        return self.whole[every[: count - held]], self.whole[every[count - held :]]
+
+
+def _reference(task: _Task, given: Tensor, are_images: bool, nfe: int) -> _Reference:
+    field, up = task.field, task.direction == "encode"
+    method = get("ab4-rk")
+    top = field.schedule.sigma_max
+    scale = math.sqrt(1.0 + top * top)
+    first = given if are_images else given * scale
+    runs = []
+    before = task.calls
+    for budget in (nfe, nfe // 2):
+        grid = Grid.make("asinh", field.schedule, method.steps(budget), c=0.05)
+        grid = grid.reversed() if are_images else grid
+        ends, pieces, good = [], [], []
+        for rows in torch.arange(len(first), device=first.device).split(task.size):
+            # Batches share the nodes; states between are wanted of the finer run only.
+            run = integrate(field, first[rows], grid, method, rows=rows, dense=budget == nfe)
+            task.calls += run.nfe * len(rows)
+            ends.append(run.x_bar)
+            good += [status is Status.SUCCESS for status in run.status]
+            pieces += [_thinned(piece) for piece in run.dense]
+        runs.append((torch.cat(ends), pieces, torch.tensor(good, device=first.device)))
+    (end, pieces, fine), (other, _, also) = runs
+    keep = torch.nonzero(fine & also).flatten()
+    dropped = len(first) - len(keep)
+    if len(keep) < 4:
+        raise ValueError(f"{dropped} of {len(first)} reference trajectories are not finite, and 4 at least are needed")
+    path = Dense(
+        pieces[0].sigmas,
+        torch.cat([piece.x_bar for piece in pieces], dim=1),
+        tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*(p.slopes for p in pieces), strict=True)),
+        pieces[0].order,
+    )  # fmt: skip
+    start, exact = (end, first) if up and not are_images else (first, end)
+    unit = scale if up else 1.0
+    away = other if are_images or not up else other * scale  # of data, where the latents are what is known
+    found = end if are_images or not up else end * scale
+    difference = float(((away - found)[keep] / unit).square().mean().sqrt())
+    every = _Half(start, exact, path, torch.arange(len(first), device=first.device))
+    return _Reference(every[keep], difference, method.name, nfe, task.calls - before, dropped)
+
+
+def _thinned(piece: Dense) -> Dense:
+    """Every so many nodes of a run, in single precision: states that a step is fitted to need no more."""
+    last = piece.sigmas.size - 1
+    kept = np.unique(np.append(np.arange(0, last, max(1, last // _KEPT)), last))
+    slopes = tuple(None if (x := piece.slopes[i]) is None else x.float() for i in kept)
+    return Dense(piece.sigmas[kept], piece.x_bar[torch.from_numpy(kept)].float(), slopes, piece.order)
+
+
+# -- running tables -----------------------------------------------------------------------------
+History = tuple[Tensor, ...]
+
+
+@dataclass(eq=False)
+class _Task:
+    """A field, a direction, and how many model evaluations it took so far, each of one sample."""
+
+    field: EpsilonField
+    direction: str
+    size: int
+    calls: int = 0
+
+    @property
+    def unit(self) -> float:
+        """What an error of x̄ is divided by at the end: 1 for images, that of unit variance for latents."""
+        return math.sqrt(1.0 + self.field.schedule.sigma_max**2) if self.direction == "encode" else 1.0
+
+    def bind(self, half: _Half, sigmas: Sequence[float]) -> Callable[[Tensor, float], Tensor]:
+        evaluate = self.field.bind(half.start, sigmas[:-1], half.rows)
+
+        def counted(x_bar: Tensor, sigma: float) -> Tensor:
+            self.calls += x_bar.shape[0]
+            return evaluate(x_bar, sigma)
+
+        return counted
+
+
+def _ask(evaluate: Any, x_bar: Tensor, sigma: float, history: History) -> History:
+    return PART.stored(x_bar, evaluate(x_bar, sigma), sigma), *history
+
+
+def _advance(numbers: Table, n: int, x_bar: Tensor, history: History) -> Tensor:
+    weights = numbers.weights[n]
+    return PART.advance(x_bar, numbers.propagators[n], weights, history[: len(weights)])
+
+
+def _roll(
+    evaluate: Any,
+    numbers: Table,
+    x_bar: Tensor,
+    n: int,
+    history: History,
+    kept: list[tuple[Tensor, History]] | None = None,
+) -> Tensor:
+    """From node n to the end; `kept` gets each state with the history that includes its own evaluation."""
+    for i in range(n, numbers.steps):
+        history = _ask(evaluate, x_bar, numbers.sigmas[i], history)
+        if kept is not None:
+            kept.append((x_bar, history))
+        x_bar = _advance(numbers, i, x_bar, history)
+    return x_bar
+
+
+# -- what is fitted -----------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class _Member:
+    """An unfitted solver, on a grid, and what is added to its numbers: (N, 1 + HISTORY), P's first, in units of the steps."""
+
+    base: Solver
+    grid: Grid
+    added: Array
+    consistent: bool
+
+    @staticmethod
+    def of(base: Solver, grid: Grid, consistent: bool) -> _Member:
+        return _Member(base, grid, np.zeros((base.calls(grid), 1 + HISTORY)), consistent)
+
+    def table(self) -> Table:
+        plain = table(self.base, self.grid)
+        if not self.added.any():
+            return plain
+        propagators, weights = list(plain.propagators), []
+        for n, (scale, added) in enumerate(zip(_scales(plain), self.added, strict=True)):
+            if not self.consistent:
+                propagators[n] += scale * added[0]
+            row = np.zeros(max(len(plain.weights[n]), min(HISTORY, n + 1)))
+            row[: len(plain.weights[n])] = plain.weights[n]
+            more = added[1 : 1 + min(HISTORY, n + 1)].copy()
+            if self.consistent:
+                more[0] = -more[1:].sum()
+            row[: more.size] += scale * more
+            weights.append(tuple(row))
+        return Table(plain.sigmas, tuple(propagators), tuple(weights))
+
+    def free(self) -> list[tuple[int, int]]:
+        """Which of `added` can be chosen."""
+        first = 2 if self.consistent else 0
+        return [(n, j) for n in range(len(self.added)) for j in range(first, 1 + min(HISTORY, n + 1))]
+
+    def plus(self, at: list[tuple[int, int]], amounts: Array) -> _Member:
+        added = self.added.copy()
+        for (n, j), amount in zip(at, amounts, strict=True):
+            added[n, j] += amount
+        return replace(self, added=added)
+
+    def moved(self, amounts: Array) -> _Member:
+        """Inner nodes moved, by shares of the gap to the nearer neighbour in the clock σ/(1 + σ); less than a half each."""
+        sigmas = self.grid.sigmas
+        u = sigmas / (1.0 + sigmas)
+        gaps = np.abs(np.diff(u))
+        u[1:-1] += np.clip(amounts, -0.45, 0.45) * np.minimum(gaps[:-1], gaps[1:])
+        new = u / (1.0 - u)
+        new[[0, -1]] = sigmas[[0, -1]]
+        return replace(self, grid=Grid(new, self.grid.schedule, self.grid.name))
+
+
+def _scales(numbers: Table) -> Array:
+    """How far each step goes in units of its start, which is what the weights of its evaluations add up to."""
+    sigmas = np.array(numbers.sigmas)
+    return np.abs(np.diff(sigmas)) / (PART.c + sigmas[:-1])
+
+
+def _bases(field: EpsilonField, nfe: int, direction: str) -> tuple[list[tuple[Solver, Grid]], tuple[Solver, Grid]]:
+    """Unfitted members of so many calls, and the first of them, the default."""
+    default = plan(field, direction, None, None, None, nfe)
+    grid = DEFAULTS[direction].grid
+    found = [default, *(plan(field, direction, name, grid, None, nfe) for name in BASES[direction])]
+    found = [(solver, nodes) for solver, nodes in found if solver.calls(nodes) == nfe]
+    if default not in found:
+        raise ValueError(f"nfe = {nfe} is no number of calls that {default[0].name} makes on whole steps: give another")
+    return found, default
+
+
+@dataclass(frozen=True, eq=False)
+class _Judged:
+    """A candidate with its RMS errors: over what was fitted to, over what was held back, and of each sample of both."""
+
+    stage: str
+    numbers: Table
+    fitted: float
+    held: float
+    own: Tensor
+    each: Tensor
+    calls: int
+    member: _Member | None = None
+    #: The trajectory ends of what was held back.
+    ends: Tensor | None = None
+
+    @property
+    def mean(self) -> float:
+        """Over all samples, of their errors: what the descent lessens."""
+        return float(torch.cat((self.own, self.each)).mean())
+
+    @property
+    def mean_held(self) -> float:
+        """The same of what was held back."""
+        return float(self.each.mean())
+
+    def record(self) -> dict[str, Any]:
+        return {"stage": self.stage, "fitted": self.fitted, "held_back": self.held, "calls_so_far": self.calls}
+
+    def beats(self, other: _Judged) -> bool:
+        """Whether it is better on what was held back, by more than chance: RMS, and the mean of logarithms beyond its error."""
+        ratios = (self.each / other.each.clamp(min=1e-300)).log()
+        spread = float(ratios.std(correction=1)) / math.sqrt(len(ratios))
+        return self.held < other.held and float(ratios.mean()) + spread < 0.0
+
+
+class _Study:
+    """The stages, one after another, and what came of them."""
+
+    def __init__(
+        self, task: _Task, fitted: _Half, held: _Half, consistent: bool, advance: Callable[[str], Any]
+    ) -> None:
+        self.task, self.fitted, self.held, self.consistent, self.advance = task, fitted, held, consistent, advance
+        self.stages: list[_Judged] = []
+
+    # -- errors
+    def _errors(self, numbers: Table, half: _Half) -> tuple[Tensor, Tensor]:
+        """RMS of each sample, and where they end."""
+        ends = []
+        with torch.no_grad():
+            for part in half.split(self.task.size):
+                ends.append(_roll(self.task.bind(part, numbers.sigmas), numbers, part.start, 0, ()))
+        end = torch.cat(ends)
+        each = ((end - half.exact) / self.task.unit).flatten(1).square().mean(dim=1).sqrt()
+        return each.nan_to_num(math.inf, math.inf), end
+
+    def judge(self, stage: str, made: _Member | tuple[Solver, Grid], keep: bool = True) -> _Judged:
+        """Run a candidate on both halves; to `keep` it is to count it as a stage."""
+        member = made if isinstance(made, _Member) else _Member.of(*made, self.consistent)
+        numbers = member.table()
+        total = lambda each: float(each.square().mean().sqrt())
+        fitted, _ = self._errors(numbers, self.fitted)
+        held, ends = self._errors(numbers, self.held)
+        found = _Judged(stage, numbers, total(fitted), total(held), fitted, held, self.task.calls, member, ends)
+        if keep:
+            self.stages.append(found)
+        return found
+
+    # -- the stages
+    def run(self, bases: list[tuple[Solver, Grid]], refine: int) -> None:
+        default = self.stages[0]
+        first = min([default, *(self.judge("base", base, False) for base in bases[1:])], key=lambda j: j.held)
+        assert first.member is not None
+        self.advance("coefficients by least squares")
+        best = self._coefficients(first.member, "coefficients")
+        self.stages.append(best)
+        at = first.member
+        for turn in range(2):
+            self.advance(f"levels, turn {turn + 1}")
+            at = self._descend(replace(at, added=np.zeros_like(at.added)), 3, levels_only=True)
+            found = self._coefficients(at, "coefficients and grid")
+            if turn == 0 or found.held < self.stages[-1].held:
+                self.stages[2:] = [found]
+            if turn > 0 and found.held > 0.98 * best.held:
+                break
+            best = min(best, found, key=lambda j: j.held)
+        if refine:
+            begin = min([first, *self.stages[1:]], key=lambda j: j.held).member
+            assert begin is not None
+            self.stages.append(replace(self.judge("refined", self._descend(begin, refine), False), stage="refined"))
+
+    def _coefficients(self, member: _Member, stage: str) -> _Judged:
+        """Least squares, step by step, at each shrinkage; the one that is best on what was held back."""
+        plain = replace(member, added=np.zeros_like(member.added))
+        found = [self.judge(stage, self.least_squares(plain, shrinkage), False) for shrinkage in SHRINKAGE]
+        return min(found, key=lambda j: j.held)
+
+    def least_squares(self, member: _Member, shrinkage: float) -> _Member:
+        r"""The member with numbers that bring each step of its own run nearest to the reference at the step's end.
+
+        Of the regressors r_j, which are x̄ and the last evaluations in units of the step, and what is left, b, the θ that
+        minimises :math:`|b - \sum_j \theta_j r_j|^2 + \rho \sum_j |r_j|^2 \theta_j^2`.
+        """
+        numbers = member.table()
+        scales, free = _scales(numbers), member.free()
+        batches = self.fitted.split(self.task.size)
+        with torch.no_grad():
+            asks = [self.task.bind(part, numbers.sigmas) for part in batches]
+            states: list[tuple[Tensor, History]] = [(part.start, ()) for part in batches]
+            for n in range(numbers.steps):
+                own = [j for m, j in free if m == n]
+                gram, against = np.zeros((len(own), len(own))), np.zeros(len(own))
+                for i, (part, ask) in enumerate(zip(batches, asks, strict=True)):
+                    x_bar, history = states[i]
+                    history = _ask(ask, x_bar, numbers.sigmas[n], history)
+                    states[i] = x_bar, history
+                    if not own:
+                        continue
+                    last = n + 1 == numbers.steps
+                    wanted = part.exact if last else part.path(numbers.sigmas[n + 1]).to(x_bar.dtype)
+                    left = (wanted - _advance(numbers, n, x_bar, history)).flatten()
+                    columns = torch.stack([self._regressor(j, x_bar, history).flatten() for j in own]) * scales[n]
+                    gram += (columns @ columns.T).numpy(force=True)
+                    against += (columns @ left).numpy(force=True)
+                if own:
+                    diagonal = np.diag(np.diag(gram))
+                    theta = np.linalg.lstsq(gram + shrinkage * diagonal, against, rcond=1e-14)[0].astype(np.float64)
+                    member = member.plus([(n, j) for j in own], theta)
+                    numbers = member.table()
+                states = [(_advance(numbers, n, x_bar, history), history) for x_bar, history in states]
+        return member
+
+    def _regressor(self, j: int, x_bar: Tensor, history: History) -> Tensor:
+        """What the number j of a step multiplies, in units of the step."""
+        if j == 0:
+            return x_bar
+        return history[j - 1] - history[0] if self.consistent else history[j - 1]
+
+    def _descend(self, member: _Member, iterations: int, levels_only: bool = False) -> _Member:
+        """Gauss–Newton steps on the ends, until they help what was held back no more."""
+        now = best = self.judge("", member, False)
+        since = 0
+        for i in range(iterations):
+            self.advance(
+                f"Gauss–Newton, step {i + 1} of {iterations} at most: mean error {now.mean:.4g}, held back {now.mean_held:.4g}"
+            )
+            assert now.member is not None
+            at = [] if levels_only else now.member.free()
+            hessian, gradient = self._normal(now.member, at)
+            tried = []
+            for damping in DAMPING:
+                damped = (
+                    hessian + damping * np.diag(np.diag(hessian)) + 1e-14 * np.trace(hessian) * np.eye(len(hessian))
+                )
+                step = -np.linalg.lstsq(damped, gradient, rcond=None)[0]
+                try:
+                    there = now.member.plus(at, step[: len(at)]).moved(step[len(at) :])
+                    tried.append(self.judge("", there, False))
+                except ValueError:  # levels that no table is for
+                    continue
+            found = min(tried, key=lambda j: j.mean, default=now)
+            if not found.mean < 0.999 * now.mean:
+                break
+            now = found
+            best, since = (now, 0) if now.mean_held < best.mean_held else (best, since + 1)
+            if since == 2:
+                break
+        assert best.member is not None
+        return best.member
+
+    def _normal(self, member: _Member, at: list[tuple[int, int]]) -> tuple[Array, Array]:
+        """JᵀWJ and JᵀWr of the ends, by numbers `at` and by the inner levels; W is one over the error of each sample."""
+        numbers = member.table()
+        knobs = [(member.plus([place], np.array([_H])).table(), _H) for place in at]
+        inner = member.grid.steps - 1
+        knobs += [(member.moved(_MOVE * np.eye(inner)[i]).table(), _MOVE) for i in range(inner)]
+        firsts = [_first_change(numbers, other) for other, _ in knobs]
+        hessian, gradient = np.zeros((len(knobs), len(knobs))), np.zeros(len(knobs))
+        with torch.no_grad():
+            for part in self.fitted.split(self.task.size):
+                ask = self.task.bind(part, numbers.sigmas)
+                kept: list[tuple[Tensor, History]] = []
+                end = _roll(ask, numbers, part.start, 0, (), kept)
+                left = ((end - part.exact) / self.task.unit).flatten(1)
+                weight = left.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-12).rsqrt()
+                rows = []
+                for first, (other, h) in zip(firsts, knobs, strict=True):
+                    x_bar, history = kept[first]
+                    there = _roll(ask, other, _advance(other, first, x_bar, history), first + 1, history)
+                    rows.append((weight * ((there - end) / (h * self.task.unit)).flatten(1)).flatten())
+                jacobian = torch.stack(rows)
+                hessian += (jacobian @ jacobian.T).numpy(force=True)
+                gradient += (jacobian @ (weight * left).flatten()).numpy(force=True)
+        return hessian, gradient
+
+    # -- what came of it
+    def result(
+        self, known: _Reference, began: float, seed: int | None, network: Callable[[Tensor], Tensor] | None
+    ) -> Calibrated:
+        """The stage that is kept, as a solver with its record."""
+        default = self.stages[0]
+        best = min(self.stages, key=lambda j: j.held)
+        kept = best if best.beats(default) else default
+        field = self.task.field
+        model = {name: value for name, value in field.describe().items() if name in HOLDS_FOR}
+        record: dict[str, Any] = {
+            "kept": kept.stage,
+            "direction": self.task.direction,
+            "base": default.member.base.name if kept.member is None else kept.member.base.name,  # type: ignore[union-attr]
+            "stages": [stage.record() for stage in self.stages],
+            "gap": kept.held / kept.fitted if kept.fitted > 0.0 else math.nan,
+            "trajectories": {"fitted": len(self.fitted.rows), "held_back": len(self.held.rows), "dropped": known.dropped},
+            "seed": seed,
+            "consistent": self.consistent,
+            "reference": {
+                "solver": known.method, "nfe": [known.nfe, known.nfe // 2], "rms_difference": known.difference, "calls": known.calls,
+            },
+            "calls": self.task.calls,
+            "seconds": round(time.perf_counter() - began, 1),
+            "high_frequencies": {
+                stage: _high_frequencies(found.ends, self.held.exact)
+                for stage, found in (("default", default), ("kept", kept))
+            },
+            "versions": {"ddim_ode": ddim_ode.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        }  # fmt: skip
+        if network is not None:
+            record["features"] = self._features(network, default, kept)
+        return Calibrated(kept.numbers, json.dumps(model, sort_keys=True), record=record)
+
+    def _features(self, network: Callable[[Tensor], Tensor], default: _Judged, kept: _Judged) -> dict[str, Any]:
+        """RMS distances, sample by sample, between the features of ends and of the reference's."""
+        see = lambda x: Features.of(x.clamp(-1.0, 1.0).float(), network)
+        wanted = see(self.held.exact)
+        far = lambda ends: float((see(ends).values - wanted.values).square().sum(dim=1).mean().sqrt())
+        return {"network": wanted.network, "default": far(default.ends), "kept": far(kept.ends)}
+
+
+def _first_change(a: Table, b: Table) -> int:
+    """The first step that two tables make differently."""
+    for n in range(a.steps):
+        same = a.propagators[n] == b.propagators[n] and a.weights[n] == b.weights[n]
+        if not same or a.sigmas[n + 1] != b.sigmas[n + 1]:
+            return n
+    return a.steps - 1
+
+
+def _high_frequencies(x: Tensor | None, exact: Tensor) -> float | None:
+    """Energy above half the highest frequency of the last two axes, as a share of the reference's; None where there are not two."""
+    if x is None or x.ndim < 4 or min(x.shape[-2:]) < 4:
+        return None
+    height, width = (torch.fft.fftfreq(size, device=x.device).abs() for size in x.shape[-2:])
+    high = torch.maximum(height[:, None], width[None, :]) > 0.25
+    energy = lambda y: float(torch.fft.fft2(y).abs().square()[..., high].sum())
+    return energy(x) / energy(exact)
