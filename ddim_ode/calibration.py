@@ -420,7 +420,8 @@ class _Judged:
 
     def beats(self, other: _Judged) -> bool:
         """Whether it is better on what was held back, by more than chance: RMS, and the mean of logarithms beyond its error."""
-        ratios = (self.each / other.each.clamp(min=1e-300)).log()
+        # No sample counts for more than a factor of a thousand.
+        ratios = (self.each / other.each.clamp(min=1e-300)).clamp(1e-3, 1e3).log()
         spread = float(ratios.std(correction=1)) / math.sqrt(len(ratios))
         return self.held < other.held and float(ratios.mean()) + spread < 0.0
 

@@ -1,0 +1,473 @@
+"""Calibrated solvers: the tables they are, what is fitted and how well, their files, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import ddim_ode
+from benchmarks.problems import digits_mixture
+from ddim_ode import Calibrated, EpsilonField, Grid, NoiseSchedule, calibrate, load_solver
+from ddim_ode import calibration as study
+from ddim_ode.dense import Dense
+from ddim_ode.models.analytic import GaussianEpsilon
+from ddim_ode.solvers import get
+from ddim_ode.solvers.calibrated import PART, Table, table
+from ddim_ode.solvers.configs import from_config, to_config
+
+LINEAR = NoiseSchedule.linear()
+
+
+def rms(x):
+    return float(x.square().mean().sqrt())
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return EpsilonField.from_sigma(digits_mixture(), LINEAR, shape=(1, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def five(digits):
+    """A solver of five calls for the digits."""
+    return calibrate(digits, 5, n=24, refine=4)
+
+
+def gaussian(size=6):
+    variance = torch.logspace(-3, 0, size, dtype=torch.float64)
+    model = GaussianEpsilon(torch.zeros(size), torch.diag(variance))
+    return EpsilonField.from_sigma(model, LINEAR, shape=(size,)), model
+
+
+# -- tables -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("encoding", [False, True], ids=["down", "up"])
+@pytest.mark.parametrize(
+    "name", ["ddim", "ab4", "deis3", "abm3", "flowdown5", "flowup4", "unipc2", "ipndm", "alf-flow", "dpmpp2m"]
+)
+def test_a_table_does_what_its_method_does(name, encoding):
+    method = get(name)
+    rule = "asinh" if name in ("dpmpp2m", "unipc2") else "flow"
+    grid = Grid.make(rule, LINEAR, 7)
+    if name in ("dpmpp2m", "unipc2") and encoding:
+        grid = Grid.explicit(grid.sigmas[:-1], LINEAR)  # their first step from 0 is eq. 13's, another part's
+    grid = grid.reversed() if encoding else grid
+    found = table(method, grid)
+    field = EpsilonField.from_sigma(lambda x, sigma: torch.sin(x) * (1.0 + sigma) / (2.0 + sigma), LINEAR)
+    x_bar = torch.randn((3, 4), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x_bar = 1.0 + grid.sigmas[0] * x_bar
+    plain = ddim_ode.integrate(field, x_bar, grid, method)
+    own = Calibrated(found, "{}", force=True)
+    again = ddim_ode.integrate(field, x_bar, own.own_grid(LINEAR), own)
+    assert again.nfe == plain.nfe == found.steps == method.calls(grid)
+    assert rms(again.x_bar - plain.x_bar) < 1e-11 * rms(plain.x_bar)
+    # Of constant ε and constant data all of these are exact, and so are their tables.
+    for n, (propagator, weights) in enumerate(zip(found.propagators, found.weights, strict=True)):
+        sigma, to = found.sigmas[n : n + 2]
+        if name not in ("dpmpp2m", "unipc2", "alf-flow"):
+            assert propagator == pytest.approx((PART.c + to) / (PART.c + sigma), rel=1e-6)
+            assert sum(weights) == pytest.approx((to - sigma) / (PART.c + sigma), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["rk4", "heun", "midpoint"])
+def test_methods_that_ask_twice_have_no_table(name):
+    # The midpoint rule asks in order, once at each level: it has one.
+    grid = Grid.make("flow", LINEAR, 3)
+    if name == "midpoint":
+        assert table(get(name), grid).steps == 6
+        return
+    with pytest.raises(ValueError, match="does not ask for ε once at each level"):
+        table(get(name), grid)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        (((2.0, 1.0, 0.0), (1.0,), ((1.0,), (1.0, 2.0))), "needs 2 propagators and rows of weights, but has 1 and 2"),
+        (
+            ((2.0, 1.0, 0.0), (1.0, 1.0), ((1.0, 2.0), (1.0,))),
+            "row 0 of the weights must have 1 to 1 numbers, but has 2",
+        ),
+        (((2.0, 1.0, 0.0), (1.0, math.nan), ((1.0,), (1.0,))), "must be finite"),
+    ],
+)
+def test_tables_that_are_none(numbers, message):
+    with pytest.raises(ValueError, match=message):
+        Table(*numbers)
+
+
+# -- what is fitted -----------------------------------------------------------------------------
+@pytest.mark.parametrize("encoding", [False, True], ids=["down", "up"])
+@pytest.mark.parametrize("consistent", [False, True])
+@pytest.mark.parametrize("shrinkage", [0.0, 0.1])
+def test_least_squares_finds_the_optimum_of_a_gaussian(encoding, consistent, shrinkage):
+    """With a row of latents for each direction, the sum over samples is the expectation over all, and the optimum a formula."""
+    field, model = gaussian()
+    variance = model.variance.numpy()
+    grid = Grid.make("flow", LINEAR, 6)
+    grid = grid.reversed() if encoding else grid
+    base = get("flowdown5")
+    plain = table(base, grid)
+    sigmas = np.array(plain.sigmas)
+    flow = np.sqrt(
+        (variance + sigmas[:, None] ** 2) / (variance + sigmas[0] ** 2)
+    )  # x̄ over the first one, by direction
+    turn = torch.diag(torch.from_numpy(np.sqrt(variance + sigmas[0] ** 2))) @ model.basis.T
+    path = Dense(sigmas, torch.stack([torch.diag(torch.from_numpy(f)) @ turn for f in flow]), (None,) * len(sigmas), 1)
+    half = study._Half(path.x_bar[0], path.x_bar[-1], path, torch.arange(6))
+    task = study._Task(field, "encode" if encoding else "sample", 4)
+    found = study._Study(task, half, half, consistent, lambda what: None).least_squares(
+        study._Member.of(base, grid, consistent), shrinkage
+    )
+    # The same by directions: a state is a number for each, and weighs as much as the direction's own spread.
+    weight = np.sqrt(variance + sigmas[0] ** 2)
+    x, z = np.ones(6), []
+    for n in range(plain.steps):
+        ratio = sigmas[n] / (variance + sigmas[n] ** 2)
+        z.insert(0, (PART.c + sigmas[n]) * ratio * x - x)
+        step = abs(sigmas[n + 1] - sigmas[n]) / (PART.c + sigmas[n])
+        ahead = plain.propagators[n] * x + sum(w * own for w, own in zip(plain.weights[n], z, strict=False))
+        if consistent:
+            columns, at = [own - z[0] for own in z[1 : study.HISTORY]], range(2, 1 + min(n + 1, study.HISTORY))
+        else:
+            columns, at = [x, *z[: study.HISTORY]], range(1 + min(n + 1, study.HISTORY))
+        if columns:
+            matrix = step * weight[:, None] * np.stack(columns, axis=1)
+            gram = matrix.T @ matrix
+            left = weight * (flow[n + 1] - ahead)
+            # By the pseudo-inverse on the same cut, for more numbers than directions have no one optimum.
+            theta = np.linalg.lstsq(gram + shrinkage * np.diag(np.diag(gram)), matrix.T @ left, rcond=1e-14)[0]
+            x = ahead + step * np.stack(columns, axis=1) @ theta
+            if shrinkage:
+                np.testing.assert_allclose(found.added[n, list(at)], theta, rtol=1e-6, atol=1e-9)
+        else:
+            x = ahead
+        # And so is where it leads, which is all that the numbers are for.
+    ends = study._Study(task, half, half, consistent, lambda what: None).judge("", found)
+    wanted = torch.diag(torch.from_numpy(x)) @ turn
+    assert rms(ends.ends - wanted) < (1e-7 if shrinkage else 1e-5) * rms(wanted)
+    if not shrinkage and not consistent:
+        assert (
+            ends.held
+            < 0.01 * study._Study(task, half, half, consistent, lambda what: None).judge("", (base, grid)).held
+        )
+
+
+@pytest.mark.parametrize("direction", ["sample", "encode"])
+def test_it_is_better_than_the_default_on_unseen_trajectories(direction, digits, five):
+    """Errors of digits never fitted to, by the geometric mean: one digit of 64 that turns into another is no news."""
+    latent = ddim_ode.noise((1, 8, 8), 64, 99)
+    exact = ddim_ode.sample(digits, latent, nfe=400, solver="ab4-rk", grid="asinh").x
+    if direction == "sample":
+        solver = five
+        found, plain = ddim_ode.sample(digits, latent, solver=solver), ddim_ode.sample(digits, latent, nfe=5)
+        wanted = exact
+    else:
+        solver = calibrate(digits, 10, n=24, refine=2, direction="encode")
+        found = ddim_ode.encode(digits, exact, solver=solver, data_range=None)
+        plain, wanted = ddim_ode.encode(digits, exact, nfe=10, data_range=None), latent
+    assert found.nfe == plain.nfe == solver.numbers.steps
+    each = lambda x: (x - wanted).flatten(1).square().mean(1).sqrt().log().mean().exp()
+    assert each(found.x) < 0.5 * each(plain.x)
+    record = solver.record
+    assert record["kept"] != "default"
+    assert record["direction"] == direction
+    assert [stage["stage"] for stage in record["stages"]] == [
+        "default", "coefficients", "coefficients and grid", "refined"
+    ]  # fmt: skip
+    assert record["trajectories"] == {"fitted": 16, "held_back": 8, "dropped": 0}
+    assert record["reference"]["rms_difference"] < 1e-4
+    assert record["reference"]["calls"] == 24 * (400 + 200)
+    assert 0.8 < record["high_frequencies"]["kept"] < 1.25
+
+
+def test_calls_are_counted(digits):
+    before = digits.nfe
+    solver = calibrate(digits, 4, n=6, refine=1, reference_nfe=100)
+    # All of a half in one batch: calls on batches are fewer than evaluations of single samples.
+    assert digits.nfe - before < solver.record["calls"]
+    one = calibrate(digits, 4, n=6, refine=1, reference_nfe=100, batch_size=1)
+    assert one.record["calls"] == pytest.approx(solver.record["calls"], rel=0.02)  # a step that rounding decides
+    assert digits.nfe - before > solver.record["calls"]
+    np.testing.assert_allclose(one.numbers.propagators, solver.numbers.propagators, rtol=1e-6)
+
+
+def test_what_is_fitted_depends_on_nothing_held_back(digits):
+    """Least squares see the first two thirds alone."""
+    latents = ddim_ode.noise((1, 8, 8), 9, 3)
+    other = torch.cat((latents[:6], ddim_ode.noise((1, 8, 8), 3, 4)))
+    found = []
+    for given in (latents, other):
+        task = study._Task(digits, "sample", 64)
+        known = study._reference(task, given.double(), False, 80)
+        halves = known.split()
+        assert [len(half.rows) for half in halves] == [6, 3]
+        made = study._Study(task, *halves, False, lambda what: None)
+        found.append(made.least_squares(study._Member.of(get("flow3"), Grid.make("flow", LINEAR, 4), False), 1e-2))
+    np.testing.assert_array_equal(found[0].added, found[1].added)
+
+
+@pytest.mark.parametrize(
+    ("errors", "better"),
+    [
+        ([0.5, 0.6, 0.4, 0.5], True),
+        ([1.0, 1.0, 1.0, 0.9], False),  # by chance, as far as anyone knows
+        ([0.1, 0.1, 0.1, 4.0], False),  # most are better, and one is lost
+        ([1.1, 1.1, 1.1, 0.1], False),
+        ([1.0, 1.0, 1.0, 1.0], False),
+        ([0.0, 0.5, 0.5, 0.5], True),
+        ([0.5, 0.5, 0.5, math.inf], False),
+    ],
+)
+def test_a_stage_is_kept_only_if_it_is_better_by_more_than_chance(errors, better, digits):
+    task = study._Task(digits, "sample", 8)
+    known = study._reference(task, ddim_ode.noise((1, 8, 8), 6, 3).double(), False, 40)
+    made = study._Study(task, *known.split(), False, lambda what: None)
+    default = made.judge("default", (get("flow3"), Grid.make("flow", LINEAR, 4)))
+    each = torch.tensor(errors, dtype=torch.float64)
+    first = replace(default, each=torch.ones(4, dtype=torch.float64), held=1.0)
+    other = replace(
+        default, stage="refined", each=each, held=rms(each), numbers=table(get("ddim"), Grid.make("flow", LINEAR, 4))
+    )
+    made.stages = [first, other]
+    solver = made.result(known, 0.0, None, None)
+    assert solver.record["kept"] == ("refined" if better else "default")
+    assert solver.numbers == (other if better else default).numbers
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_four_trajectories_never_make_it_worse_on_what_was_held_back(seed, digits):
+    solver = calibrate(digits, 5, n=4, seed=seed, refine=2)
+    stages = {stage["stage"]: stage["held_back"] for stage in solver.record["stages"]}
+    assert stages[solver.record["kept"]] <= stages["default"]
+
+
+def test_consistent_solvers_are_exact_for_constant_noise_and_data(digits):
+    solver = calibrate(digits, 5, n=16, refine=2, consistent=True)
+    assert solver.record["consistent"]
+    assert solver.record["kept"] != "default"
+    generator = torch.Generator().manual_seed(1)
+    data, eps = torch.randn((2, 3, 1, 8, 8), generator=generator, dtype=torch.float64)
+    field = EpsilonField.from_sigma(lambda x, sigma: eps, LINEAR)
+    run = ddim_ode.integrate(field, data + LINEAR.sigma_max * eps, solver.own_grid(LINEAR), replace(solver, force=True))
+    assert rms(run.x_bar - data) < 1e-11 * LINEAR.sigma_max
+
+
+def test_images_are_encoded_as_what_latents_lead_to(digits):
+    """The two ways to say where encodings start: the images that latents lead to, or the latents."""
+    latents = ddim_ode.noise((1, 8, 8), 12, 8)
+    images = ddim_ode.sample(digits, latents, solver="ab4-rk", grid="asinh", nfe=400).x
+    by_latents = calibrate(digits, 6, latents=latents, direction="encode", refine=0)
+    by_images = calibrate(digits, 6, images=images, direction="encode", refine=0)
+    for a, b in zip(by_latents.record["stages"], by_images.record["stages"], strict=True):
+        assert a["held_back"] == pytest.approx(b["held_back"], rel=0.05)
+
+
+def test_conditions_go_with_their_samples():
+    """Half of the samples have one condition, half another: each trajectory must be run with its own."""
+
+    class Shifted(nn.Module):
+        def forward(self, x, t, condition):
+            return 0.5 * (x - condition)
+
+    rows = torch.tensor([[-1.0], [1.0]]).repeat(4, 1).expand(8, 4)
+    field = EpsilonField(Shifted(), LINEAR, condition=rows, shape=(4,))
+    solver = calibrate(field, 4, n=8, refine=1, reference_nfe=200, batch_size=3)
+    assert solver.record["trajectories"]["dropped"] == 0
+    held = {stage["stage"]: stage["held_back"] for stage in solver.record["stages"]}
+    assert held["refined"] < held["default"]
+
+
+# -- files --------------------------------------------------------------------------------------
+def test_a_file_holds_all_of_it(five, digits, tmp_path):
+    path = tmp_path / "five.json"
+    five.save(path)
+    again = load_solver(path)
+    assert again == five
+    assert again.record == json.loads(json.dumps(five.record))
+    latent = ddim_ode.noise((1, 8, 8), 2, 0)
+    a, b = (ddim_ode.sample(digits, latent, solver=solver).x for solver in (five, again))
+    torch.testing.assert_close(a, b, rtol=0.0, atol=0.0)
+    assert [p.name for p in tmp_path.iterdir()] == ["five.json"]
+    assert from_config(json.loads(json.dumps(to_config(five)))) == five
+
+
+def test_files_that_are_refused(five, tmp_path):
+    with pytest.raises(ValueError, match=r"written as \.json"):
+        five.save(tmp_path / "five.npz")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_solver(tmp_path / "none.json")
+    path = tmp_path / "five.json"
+    five.save(path)
+    text = path.read_text("utf-8")
+    for damaged, message in (
+        (text[: len(text) // 2], "cut short"),
+        (text.replace('"c": 0.15', '"c": 0.16'), "damaged"),
+        (text.replace('"format": 1', '"format": 2'), "layout 2"),
+        ("[1, 2]", "is no solver"),
+        ("{}", "is no solver"),
+    ):
+        assert damaged != text
+        path.write_text(damaged, "utf-8")
+        with pytest.raises(ValueError, match=message):
+            load_solver(path)
+
+
+# -- guards -------------------------------------------------------------------------------------
+def network(scale=1.0, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1))
+    with torch.no_grad():
+        model[0].weight.mul_(scale)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x, t, condition=None):
+            return 0.1 * self.inner(x)
+
+    return EpsilonField(Net().eval(), **({"schedule": LINEAR, "shape": (1, 4, 4)} | options))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: network(1.01), "weights is"),
+        (lambda: network(schedule=NoiseSchedule.cosine()), "schedule is"),
+        (lambda: network(shape=(1, 8, 8)), r"shape is \[1, 8, 8\], was \[1, 4, 4\]"),
+        (lambda: network(prediction="v_prediction"), "prediction is 'v_prediction', was 'epsilon'"),
+        (lambda: network(clip=1.0), "clip is 1.0, was None"),
+        (
+            lambda: network(condition=torch.zeros(1, 2), null_condition=torch.zeros(1, 2), guidance_scale=3.0),
+            "guidance_scale is 3.0, was 1.0",
+        ),
+    ],
+)
+def test_another_model_is_refused_unless_forced(other, message):
+    solver = calibrate(network(), 3, n=4, refine=0, reference_nfe=60)
+    field, n = other(), 2
+    with pytest.raises(ValueError, match=f"calibrated for another model: .*{message}"):
+        ddim_ode.sample(field, n=n, solver=solver)
+    with pytest.raises(ValueError, match="calibrated for another model"):
+        ddim_ode.sample(field, n=3, solver=solver, batch_size=2)
+    assert field.nfe == 0
+    if field.schedule.sigma_max >= solver.numbers.sigmas[0]:
+        assert ddim_ode.sample(field, n=n, solver=replace(solver, force=True)).nfe == 3
+
+
+def test_the_same_model_elsewhere_is_accepted():
+    """Neither dtype nor conditions are what a calibration is for."""
+    solver = calibrate(network(), 3, n=4, refine=0, reference_nfe=60)
+    conditioned = network(condition=torch.zeros(1, 2))
+    assert ddim_ode.sample(conditioned, n=2, solver=solver).success
+    assert ddim_ode.sample(network(autocast=torch.bfloat16), n=2, solver=solver).success
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nfe": 10}, "nfe = 10 contradicts calibrated5, which has 5"),
+        ({"steps": 4}, "steps = 4 contradicts calibrated5"),
+        ({"grid": "flow"}, "calibrated5 brings its own grid"),
+        ({"grid": [100.0, 1.0, 0.0]}, "calibrated5 brings its own grid"),
+    ],
+)
+def test_what_is_named_beside_it_must_be_its_own(options, message, five, digits):
+    before = digits.nfe
+    with pytest.raises(ValueError, match=message):
+        ddim_ode.sample(digits, n=1, solver=five, **options)
+    with pytest.raises(ValueError, match="was made to sample, over its own grid, and cannot encode"):
+        ddim_ode.encode(digits, torch.zeros(1, 1, 8, 8), solver=five)
+    with pytest.raises(ValueError, match="runs on the grid it was calibrated on"):
+        ddim_ode.integrate(digits, torch.zeros(1, 1, 8, 8), [10.0, 1.0, 0.0], five)
+    assert digits.nfe == before
+    own = five.own_grid(LINEAR)
+    assert ddim_ode.sample(digits, n=1, solver=five, nfe=5, steps=None, grid=own).nfe == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n": 3}, "4 trajectories at least, two to fit to and two to hold back, but got 3"),
+        ({"latents": torch.zeros(2, 1, 8, 8)}, "latents must be 4 trajectories at least"),
+        ({"latents": torch.zeros(4, 1, 4, 4)}, r"must have shape \(B, 1, 8, 8\)"),
+        ({"latents": torch.zeros(4, 1, 8, 8), "n": 5}, "n = 5 contradicts the 4 latents given"),
+        ({"images": torch.zeros(4, 1, 8, 8)}, 'leave them out, or say direction="encode"'),
+        (
+            {"images": torch.zeros(4, 1, 8, 8), "latents": torch.zeros(4, 1, 8, 8), "direction": "encode"},
+            "give one of them",
+        ),
+        ({"direction": "up"}, 'direction must be "sample" or "encode"'),
+        ({"nfe": 1}, "nfe, the calls of a calibrated solver, must be"),
+        ({"refine": -1}, "refine, the steps of refinement, must be"),
+        ({"reference_nfe": 10}, "reference_nfe must be"),
+        ({"batch_size": 0}, "batch_size must be"),
+    ],
+)
+def test_bad_input_is_refused_before_any_model_call(options, message, digits):
+    before = digits.nfe
+    with pytest.raises((ValueError, TypeError), match=message):
+        calibrate(digits, **options)
+    assert digits.nfe == before
+
+
+def test_a_reference_that_does_not_converge_says_by_how_much():
+    field = EpsilonField.from_sigma(
+        lambda x, sigma: 30.0 * torch.cos(torch.as_tensor(3000.0 * sigma) + x), LINEAR, shape=(3,)
+    )
+    with pytest.raises(
+        ValueError, match=r"does not converge: at 40 and 20 calls its two resolutions differ by \S+ RMS"
+    ):
+        calibrate(field, 5, n=4, reference_nfe=40)
+
+
+def test_trajectories_that_fail_are_dropped_and_counted(digits):
+    def spoilt(x, sigma):
+        eps = digits(x, sigma)
+        return torch.where(x[:, :, :1, :1] > 1000.0, torch.nan, eps)
+
+    field = EpsilonField.from_sigma(spoilt, LINEAR, shape=(1, 8, 8))
+    latents = ddim_ode.noise((1, 8, 8), 6, 0).clone()
+    latents[2, 0, 0, 0] = 50.0
+    solver = calibrate(field, 4, latents=latents, refine=0, reference_nfe=80)
+    assert solver.record["trajectories"] == {"fitted": 3, "held_back": 2, "dropped": 1}
+    latents[3:, 0, 0, 0] = 50.0
+    with pytest.raises(ValueError, match="4 of 6 reference trajectories are not finite, and 4 at least are needed"):
+        calibrate(field, 4, latents=latents, refine=0, reference_nfe=80)
+
+
+# -- where it runs ------------------------------------------------------------------------------
+def test_it_runs_on_fake_cuda(five):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty((2, 1, 8, 8), dtype=torch.float64, device="cuda")
+        field = EpsilonField.from_sigma(lambda x, sigma: 0.5 * x, LINEAR, shape=(1, 8, 8))
+        run = ddim_ode.integrate(field, x, five.own_grid(LINEAR), five)
+        assert run.x_bar.device.type == "cuda"
+        assert run.x_bar.shape == x.shape
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_and_cpu_find_the_same():
+    field, _ = gaussian(16)
+    latents = ddim_ode.noise((16,), 8, 0)
+    a = calibrate(field, 4, latents=latents, refine=1)
+    b = calibrate(field, 4, latents=latents.cuda(), refine=1)
+    np.testing.assert_allclose(a.numbers.propagators, b.numbers.propagators, rtol=1e-6)
+
+
+def test_gradients_flow_through_it(five, digits):
+    latent = ddim_ode.noise((1, 8, 8), 1, 0).requires_grad_()
+    run = ddim_ode.sample(digits, latent, solver=five, gradients=True)
+    (gradient,) = torch.autograd.grad(run.x.sum(), latent)
+    h = 1e-5
+    direction = torch.ones_like(latent)
+    ends = [ddim_ode.sample(digits, latent.detach() + s * h * direction, solver=five).x.sum() for s in (1.0, -1.0)]
+    assert float((gradient * direction).sum()) == pytest.approx(float((ends[0] - ends[1]) / (2.0 * h)), rel=1e-5)
