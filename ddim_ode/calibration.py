@@ -158,6 +158,8 @@ def _starts(
     """Latents, or images to encode, at least four."""
     if direction not in DEFAULTS:
         raise ValueError(f'direction must be "sample" or "encode", but got {direction!r}')
+    if direction == "encode" and field.clips:
+        raise ValueError("a field that clips or thresholds the predicted data cannot encode: make one without")
     if images is not None and direction == "sample":
         raise ValueError('images are what is encoded: leave them out, or say direction="encode"')
     if images is not None and latents is not None:
@@ -433,17 +435,16 @@ class _Study:
         self, task: _Task, fitted: _Half, held: _Half, consistent: bool, advance: Callable[[str], Any]
     ) -> None:
         self.task, self.fitted, self.held, self.consistent, self.advance = task, fitted, held, consistent, advance
+        self.batches, self.held_batches = fitted.split(task.size), held.split(task.size)
         self.stages: list[_Judged] = []
 
     # -- errors
-    def _errors(self, numbers: Table, half: _Half) -> tuple[Tensor, Tensor]:
+    def _errors(self, numbers: Table, batches: list[_Half]) -> tuple[Tensor, Tensor]:
         """RMS of each sample, and where they end."""
-        ends = []
         with torch.no_grad():
-            for part in half.split(self.task.size):
-                ends.append(_roll(self.task.bind(part, numbers.sigmas), numbers, part.start, 0, ()))
-        end = torch.cat(ends)
-        each = ((end - half.exact) / self.task.unit).flatten(1).square().mean(dim=1).sqrt()
+            ends = [_roll(self.task.bind(part, numbers.sigmas), numbers, part.start, 0, ()) for part in batches]
+        end, exact = torch.cat(ends), torch.cat([part.exact for part in batches])
+        each = ((end - exact) / self.task.unit).flatten(1).square().mean(dim=1).sqrt()
         return each.nan_to_num(math.inf, math.inf), end
 
     def judge(self, stage: str, made: _Member | tuple[Solver, Grid], keep: bool = True) -> _Judged:
@@ -451,8 +452,8 @@ class _Study:
         member = made if isinstance(made, _Member) else _Member.of(*made, self.consistent)
         numbers = member.table()
         total = lambda each: float(each.square().mean().sqrt())
-        fitted, _ = self._errors(numbers, self.fitted)
-        held, ends = self._errors(numbers, self.held)
+        fitted, _ = self._errors(numbers, self.batches)
+        held, ends = self._errors(numbers, self.held_batches)
         found = _Judged(stage, numbers, total(fitted), total(held), fitted, held, self.task.calls, member, ends)
         if keep:
             self.stages.append(found)
@@ -495,7 +496,7 @@ class _Study:
         """
         numbers = member.table()
         scales, free = _scales(numbers), member.free()
-        batches = self.fitted.split(self.task.size)
+        batches = self.batches
         with torch.no_grad():
             asks = [self.task.bind(part, numbers.sigmas) for part in batches]
             states: list[tuple[Tensor, History]] = [(part.start, ()) for part in batches]
@@ -569,7 +570,7 @@ class _Study:
         firsts = [_first_change(numbers, other) for other, _ in knobs]
         hessian, gradient = np.zeros((len(knobs), len(knobs))), np.zeros(len(knobs))
         with torch.no_grad():
-            for part in self.fitted.split(self.task.size):
+            for part in self.batches:
                 ask = self.task.bind(part, numbers.sigmas)
                 kept: list[tuple[Tensor, History]] = []
                 end = _roll(ask, numbers, part.start, 0, (), kept)

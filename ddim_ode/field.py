@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ddim_ode.schedule import NoiseSchedule, is_number
 
@@ -361,6 +362,13 @@ class EpsilonField:
         given = (x for x in (self.condition, self.null_condition) if x is not None)
         return tuple(x for x in (*own, *given) if x.requires_grad)
 
+    def _weights(self) -> str | None:
+        if not isinstance(self.model, nn.Module):
+            return None
+        state = _bare(self.model).state_dict()
+        # Fake tensors have no values.
+        return None if any(isinstance(x, FakeTensor) for x in state.values()) else digest(state)
+
     def describe(self) -> dict[str, Any]:
         """What an encoding depends on besides the images, as plain data: a hash of the weights, and how they are asked.
 
@@ -369,7 +377,7 @@ class EpsilonField:
         """
         given = {"condition": self.condition, "null_condition": self.null_condition}
         return {
-            "weights": digest(_bare(self.model).state_dict()) if isinstance(self.model, nn.Module) else None,
+            "weights": self._weights(),
             "shape": None if self.shape is None else list(self.shape),
             "prediction": self.prediction,
             "coordinates": self.coordinates,

@@ -419,6 +419,13 @@ def test_bad_input_is_refused_before_any_model_call(options, message, digits):
     assert digits.nfe == before
 
 
+def test_a_field_that_clips_cannot_be_calibrated_to_encode():
+    field = network(clip=1.0)
+    with pytest.raises(ValueError, match="clips or thresholds the predicted data cannot encode"):
+        calibrate(field, 4, n=4, direction="encode")
+    assert field.nfe == 0
+
+
 def test_a_reference_that_does_not_converge_says_by_how_much():
     field = EpsilonField.from_sigma(
         lambda x, sigma: 30.0 * torch.cos(torch.as_tensor(3000.0 * sigma) + x), LINEAR, shape=(3,)

@@ -1,0 +1,407 @@
+r"""What calibrated solvers are worth: on latents that nothing was fitted to, by problem, direction, calls and number of trajectories.
+
+Parts:
+
+``unseen``
+    Errors at each number of calls, beside the unfitted default and, sampling at 5, 10 and 20 calls, the best setting of every released
+    peer: of the settings that came close to its best in ``peers.py``, the one that is best *by the error it is then reported with*.
+``trajectories``
+    Errors by the number of trajectories that a calibration was given, 4 to 64, of which it holds back a third.
+``quality``
+    The Fréchet and kernel distance of samples at 5 and 10 calls, default and calibrated from the same latents, with the floor.
+
+Run from the root of a checkout::
+
+    python -m benchmarks.calibration [--parts …] [--problems …] [--figures-only]
+
+Solvers are kept in ``out/calibration``, and not fitted again where they are. The record, ``calibration.json``, keeps what a run does not
+name. About two hours on one thread, most of it the networks at 20 calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import ddim_ode
+from benchmarks import peers
+from benchmarks.contenders import PACKAGES
+from benchmarks.metrics import features_of
+from benchmarks.problems import NETWORKS, PROBLEMS, Problem, problem
+from ddim_ode import Calibrated, EfficientNetLite0, Features, LatentWarning, calibrate, load_solver, quality
+from ddim_ode.comparison import circumstances
+from ddim_ode.files import output_folder, replacing, write_json
+from ddim_ode.metrics import rms
+from ddim_ode.plotting import save_figure
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("unseen", "trajectories", "quality")
+DIRECTIONS = ("sample", "encode")
+#: Calls of calibrated solvers; networks get the fewer.
+CALLS = (4, 5, 6, 8, 10, 12, 15, 20)
+NETWORK_CALLS = (5, 10, 20)
+#: Where peers run.
+CONTESTED = (5, 10, 20)
+#: Trajectories given, and latents that errors are measured on.
+GIVEN = {"network-cifar10": 24}
+OTHERWISE = 48
+UNSEEN = {"network": 32, "network-cifar10": 12}
+MANY = 128
+NUMBERS = (4, 8, 16, 32, 64)
+#: Calibrated error over that of the best peer, on networks, at most.
+TARGETS = {5: 0.5, 10: 0.5, 20: 0.6}
+#: Seeds of what is fitted to, and of what is not.
+FITTED, HELD_OUT = 100, 2
+#: Images of the quality part.
+IMAGES = 1000
+
+
+def solver(name: str, task: Problem, nfe: int, direction: str, n: int) -> Calibrated:
+    """A calibrated solver, from ``out/calibration`` if it is there."""
+    path = output_folder(ROOT / "out/calibration") / f"{name}-{direction}-{nfe}-{n}.json"
+    if path.exists():
+        return load_solver(path)
+    found = calibrate(task.field, nfe, n=n, seed=FITTED, direction=direction)
+    found.save(path)
+    return found
+
+
+def errors(x: Tensor, wanted: Tensor) -> dict[str, float]:
+    """RMS over all, the geometric mean of that of each sample, and the worst."""
+    each = rms(x, wanted)
+    return {
+        "rms": float(each.square().mean().sqrt()),
+        "geometric": float(each.clamp(min=1e-300).log().mean().exp()),
+        "worst": float(each.max()),
+    }
+
+
+def run(task: Problem, direction: str, **options: Any) -> dict[str, float]:
+    """Errors of one run over the latents, or over the images that they lead to."""
+    if direction == "sample":
+        return errors(ddim_ode.sample(task.field, task.latent, **options).x, task.exact)
+    return errors(ddim_ode.encode(task.field, task.exact, data_range=None, **options).x, task.latent)
+
+
+def unseen(name: str, known: dict[str, Any]) -> dict[str, Any]:
+    """One problem: calibrated solvers, the default, peers."""
+    task = problem(name, UNSEEN.get(name, MANY), HELD_OUT)
+    rows = []
+    for direction in DIRECTIONS:
+        for nfe in NETWORK_CALLS if name in NETWORKS else CALLS:
+            own = solver(name, task, nfe, direction, GIVEN.get(name, OTHERWISE))
+            row: dict[str, Any] = {"direction": direction, "nfe": nfe, "calibrated": run(task, direction, solver=own)}
+            row |= {"default": run(task, direction, nfe=nfe)} | told(own)
+            if direction == "sample":
+                row["calls_of_default"] = worth(task, row["calibrated"]["geometric"])
+            rows.append(row)
+            print(
+                f"{name} {direction} {nfe}: {row['calibrated']} default {row['default']}, {own.record['kept']}",
+                flush=True,
+            )
+    return {
+        "latents": len(task.latent),
+        "dimension": task.latent[0].numel(),
+        "trajectories": GIVEN.get(name, OTHERWISE),
+        "reference_difference": task.difference,
+        "rows": rows,
+        "peers": contest(name, task, known),
+        **circumstances(task.field, torch.float64),
+    }
+
+
+def told(own: Calibrated) -> dict[str, Any]:
+    """What a calibration says of itself."""
+    record = own.record
+    return {
+        "kept": record["kept"], "stages": record["stages"], "gap": record["gap"], "calls": record["calls"], "seconds": record["seconds"],
+        "high_frequencies": record["high_frequencies"], "reference": record["reference"],
+    }  # fmt: skip
+
+
+def worth(task: Problem, error: float) -> int | None:
+    """How many calls the default takes to be as accurate, by the geometric mean; None: more than 50."""
+    for nfe in range(3, 51):
+        if run(task, "sample", nfe=nfe)["geometric"] <= error:
+            return nfe
+    return None
+
+
+def contest(name: str, task: Problem, known: dict[str, Any]) -> dict[str, Any]:
+    """The best of every peer: of settings close to its best on this problem by the record, or else as for a problem not swept yet."""
+    found = {}
+    for package in PACKAGES:
+        close = known.get(name, {}).get("packages", {}).get(package, {}).get("close", {})
+        other = peers.chooser(name, package, known)
+
+        def chosen(setting: str, budget: int, close: Any = close, other: Any = other, package: str = package) -> bool:
+            if budget not in CONTESTED:
+                return False
+            if not close:
+                return other(setting, budget)
+            return setting.removeprefix(f"{package}/") in close.get(str(budget), {})
+
+        result = peers.contest(package, task, chosen)
+        found[package] = (
+            result if "missing" in result else {key: result[key] for key in ("runs", "best", "best_custom", "failed")}
+        )
+        print(f"{name}: {package} done", flush=True)
+    return found
+
+
+def trajectories(name: str) -> list[dict[str, Any]]:
+    """Errors on unseen latents by the number of trajectories given."""
+    task = problem(name, UNSEEN.get(name, MANY), HELD_OUT)
+    rows = []
+    for nfe in (5, 10):
+        for n in NUMBERS:
+            own = solver(name, task, nfe, "sample", n)
+            row = {
+                "nfe": nfe,
+                "n": n,
+                "calibrated": run(task, "sample", solver=own),
+                "default": run(task, "sample", nfe=nfe),
+            }
+            rows.append(row | told(own))
+            print(f"{name} {nfe} calls from {n}: {row['calibrated']}, {own.record['kept']}", flush=True)
+    return rows
+
+
+def distances(name: str) -> list[dict[str, Any]]:
+    """Distances of samples from test images, calibrated and default, from the same latents."""
+    data = NETWORKS[name]
+    reference, floor, network = features_of(data, "test"), features_of(data, "train"), EfficientNetLite0()
+    task = problem(name, 4, HELD_OUT)
+    rows = []
+    for nfe in (5, 10):
+        own = solver(name, task, nfe, "sample", GIVEN.get(name, OTHERWISE))
+        seen = {}
+        for how, options in (("default", {"nfe": nfe}), ("calibrated", {"solver": own})):
+            x = ddim_ode.sample(task.field, n=IMAGES, seed=0, batch_size=50, **options).x
+            seen[how] = quality(Features.of(x.clamp(-1.0, 1.0).float(), network), reference, floor)
+        more = seen["calibrated"].difference(seen["default"], paired=True)
+        rows.append(
+            {"nfe": nfe, "images": IMAGES, "network": network.name, "data": data, "kept": own.record["kept"]}
+            | {how: found.record() for how, found in seen.items()}
+            | {"more": {key: {"value": e.value, "error": e.error} for key, e in more.items()}}
+        )
+        print(f"{name} {nfe}: {rows[-1]['more']}", flush=True)
+    return rows
+
+
+# -- showing ------------------------------------------------------------------------------------
+BEGIN, END = "<!-- {}:begin -->", "<!-- {}:end -->"
+
+
+def best_peer(found: dict[str, Any], nfe: int) -> tuple[str, float] | None:
+    """The package whose best setting has the least RMS error at a budget."""
+    errors_ = {
+        package: row["rms"]
+        for package, result in found["peers"].items()
+        for row in result.get("best", ())
+        if row["nfe"] == nfe and row["rms"] is not None and math.isfinite(row["rms"])
+    }
+    return min(errors_.items(), key=lambda item: item[1]) if errors_ else None
+
+
+def _error(x: float) -> str:
+    return f"{x:.2g}" if x < 1e-3 else f"{x:.4f}"
+
+
+def table_unseen(record: dict[str, Any]) -> str:
+    """Errors by problem, direction and calls."""
+    lines = [
+        "| problem (D) | way | calls | calibrated: RMS | default | ratio | geometric mean | default | ratio "
+        "| best peer, RMS | ratio | kept | gap |",
+        "|---" * 13 + "|",
+    ]
+    for name, found in record["unseen"].items():
+        for row in found["rows"]:
+            own, default = row["calibrated"], row["default"]
+            cells = [f"{name} ({found['dimension']})", row["direction"], str(row["nfe"])]
+            for key in ("rms", "geometric"):
+                cells += [f"**{_error(own[key])}**", _error(default[key]), f"{own[key] / default[key]:.2f}"]
+            peer = best_peer(found, row["nfe"]) if row["direction"] == "sample" else None
+            if peer is None:
+                cells += ["", ""]
+            else:
+                ratio = own["rms"] / peer[1]
+                missed = name in NETWORKS and ratio > TARGETS[row["nfe"]]
+                cells += [
+                    f"{_error(peer[1])} ({peer[0]})",
+                    f"{ratio:.2f}" + (f" (target {TARGETS[row['nfe']]:g}: missed)" if missed else ""),
+                ]
+            cells += [row["kept"], f"{row['gap']:.2f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def table_cost(record: dict[str, Any]) -> str:
+    """What calibrations cost, and after how many images they have paid."""
+    lines = [
+        "| problem | calls | model evaluations spent | seconds, one thread | as accurate as the default at | paid after images |",
+        "|---" * 6 + "|",
+    ]
+    for name, found in record["unseen"].items():
+        for row in found["rows"]:
+            if row["direction"] == "encode":
+                continue
+            worth_ = row["calls_of_default"]
+            saved = None if worth_ is None else worth_ - row["nfe"]
+            paid = (
+                f"less than {row['calls'] / (51 - row['nfe']):,.0f}"
+                if saved is None
+                else "never"
+                if saved <= 0
+                else f"{row['calls'] / saved:,.0f}"
+            )
+            at = "more than 50 calls" if worth_ is None else f"{worth_} calls"
+            lines.append(f"| {name} | {row['nfe']} | {row['calls']:,} | {row['seconds']:.0f} | {at} | {paid} |")
+    return "\n".join(lines)
+
+
+def table_trajectories(record: dict[str, Any]) -> str:
+    """Errors by the number of trajectories, as shares of the default's."""
+    lines = ["| problem | calls | " + " | ".join(f"n = {n}" for n in NUMBERS) + " |", "|---" * (2 + len(NUMBERS)) + "|"]
+    for name, rows in record["trajectories"].items():
+        for nfe in (5, 10):
+            cells = []
+            for n in NUMBERS:
+                row = next(r for r in rows if r["nfe"] == nfe and r["n"] == n)
+                shares = [row["calibrated"][key] / row["default"][key] for key in ("rms", "geometric")]
+                cells.append(f"{shares[0]:.2f} / {shares[1]:.2f}" + (" (default)" if row["kept"] == "default" else ""))
+            lines.append(f"| {name} | {nfe} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def table_quality(record: dict[str, Any]) -> str:
+    """Distances, and paired differences."""
+    lines = ["| problem | calls | distance | default | calibrated | calibrated − default | floor |", "|---" * 7 + "|"]
+    for name, rows in record["quality"].items():
+        for row in rows:
+            for key, scale, words in (("frechet", 1.0, "Fréchet"), ("kernel", 1e3, "kernel × 10³")):
+                show = lambda of, key=key, scale=scale: f"{scale * of[key]:.2f} ± {scale * of[f'{key}_error']:.2f}"
+                more = row["more"][key]
+                cells = [show(row["default"]), show(row["calibrated"])]
+                cells += [f"{scale * more['value']:+.2f} ± {scale * more['error']:.2f}", show(row["default"]["floor"])]
+                lines.append(f"| {name} | {row['nfe']} | {words} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES = {"unseen": (table_unseen, "unseen"), "cost": (table_cost, "unseen"), "trajectories": (table_trajectories, "trajectories"),
+          "quality": (table_quality, "quality")}  # fmt: skip
+
+
+def figure(record: dict[str, Any]) -> Figure:
+    """Errors against calls, a column a problem, sampling above and encoding below; and against trajectories."""
+    found = record.get("unseen", {})
+    columns = max(1, len(found))
+    drawn = Figure(figsize=(2.9 * columns + 0.6, 8.2), layout="constrained")
+    panels = drawn.subplots(3, columns, squeeze=False)
+    for column, (name, result) in enumerate(found.items()):
+        for axes, direction in zip(panels[:2, column], DIRECTIONS, strict=True):
+            rows = [row for row in result["rows"] if row["direction"] == direction]
+            at = [row["nfe"] for row in rows]
+            for how, colour in (("default", "tab:blue"), ("calibrated", "black")):
+                for key, words, look in (("rms", "RMS", "-"), ("geometric", "geometric mean", "--")):
+                    values = [row[how][key] for row in rows]
+                    axes.plot(at, values, look, color=colour, marker="o", ms=3, lw=1.1, label=f"{how}, {words}")
+            if direction == "sample":
+                contested = [(nfe, peer[1]) for nfe in CONTESTED if (peer := best_peer(result, nfe))]
+                axes.plot(*zip(*contested, strict=True), "s", color="tab:red", ms=4.5, label="best peer, RMS")
+                axes.set_title(f"{name}, D = {result['dimension']}", fontsize=9)
+            axes.set(yscale="log")
+            axes.set_xticks([4, 5, 10, 15, 20])
+            axes.grid(alpha=0.3)
+            axes.set_xlabel("calls", fontsize=8)
+        axes, rows = panels[2, column], record.get("trajectories", {}).get(name, [])
+        axes.set_visible(bool(rows))
+        for nfe, colour in ((5, "tab:green"), (10, "tab:purple")):
+            own = [row for row in rows if row["nfe"] == nfe]
+            for key, style in (("rms", "-"), ("geometric", "--")):
+                shares = [row["calibrated"][key] / row["default"][key] for row in own]
+                axes.plot(
+                    [row["n"] for row in own],
+                    shares,
+                    style,
+                    color=colour,
+                    marker="o",
+                    ms=3.5,
+                    label=f"{nfe} calls, {key}",
+                )
+        axes.axhline(1.0, color="0.6", ls=":")
+        axes.set(xscale="log", yscale="log", xlabel="trajectories given")
+        axes.set_xticks(NUMBERS, list(map(str, NUMBERS)))
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    for axes, words in zip(
+        panels[:, 0],
+        ("sampling: error of images", "encoding: error of latents", "share of the default's error"),
+        strict=True,
+    ):
+        axes.set_ylabel(words, fontsize=8)
+    if found:
+        panels[0, 0].legend(fontsize=6)
+        first = next((axes for axes in panels[2] if axes.get_visible()), None)
+        if first is not None:
+            first.legend(fontsize=6)
+    return drawn
+
+
+def show(record: dict[str, Any]) -> None:
+    """The figure, and the tables into the page, from the record alone."""
+    output_folder(ROOT / "docs/figures")
+    save_figure(figure(record), ROOT / "docs/figures/calibration.png")
+    page = ROOT / "docs/calibration.md"
+    text = page.read_text("utf-8")
+    for name, (make, part) in TABLES.items():
+        if part in record:
+            before, rest = text.split(BEGIN.format(name))
+            text = f"{before}{BEGIN.format(name)}\n{make(record)}\n{END.format(name)}{rest.split(END.format(name))[1]}"
+    with replacing(page) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    """Measure, record, draw."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which to run")
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), help="on which")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder for calibration.json")
+    parser.add_argument("--figures-only", action="store_true", help="draw the figure and the tables from the record")
+    options = parser.parse_args()
+    path = output_folder(options.out) / "calibration.json"
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", LatentWarning)
+    known = json.loads((ROOT / "benchmarks/results/peers.json").read_text("utf-8"))["problems"]
+    for part in () if options.figures_only else options.parts:
+        for name in options.problems:
+            if part == "quality" and name not in NETWORKS:
+                continue
+            if part == "trajectories" and name == "network-cifar10":
+                continue  # hours
+            try:
+                found = {"unseen": lambda n: unseen(n, known), "trajectories": trajectories, "quality": distances}[
+                    part
+                ](name)
+            except OSError as error:
+                print(f"{name}: not run, {error}", flush=True)
+                continue
+            # Read again: another run may have recorded its problems in the meantime.
+            record = json.loads(path.read_text("utf-8")) if path.exists() else {}
+            record |= {"study": "calibration", **circumstances(), "peers": peers.versions(), "targets": TARGETS}
+            record[part] = {n: x for n in PROBLEMS if (x := (record.get(part, {}) | {name: found}).get(n)) is not None}
+            write_json(path, record)
+    show(json.loads(path.read_text("utf-8")))
+
+
+if __name__ == "__main__":
+    main()
