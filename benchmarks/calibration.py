@@ -34,11 +34,12 @@ from torch import Tensor
 import ddim_ode
 from benchmarks import peers
 from benchmarks.contenders import PACKAGES
+from benchmarks.folders import into_page
 from benchmarks.metrics import features_of
 from benchmarks.problems import NETWORKS, PROBLEMS, Problem, problem
 from ddim_ode import Calibrated, EfficientNetLite0, Features, LatentWarning, calibrate, load_solver, quality
 from ddim_ode.comparison import circumstances
-from ddim_ode.files import output_folder, replacing, write_json
+from ddim_ode.files import output_folder, write_json
 from ddim_ode.metrics import rms
 from ddim_ode.plotting import save_figure
 
@@ -198,9 +199,6 @@ def distances(name: str) -> list[dict[str, Any]]:
 
 
 # -- showing ------------------------------------------------------------------------------------
-BEGIN, END = "<!-- {}:begin -->", "<!-- {}:end -->"
-
-
 def best_peer(found: dict[str, Any], nfe: int) -> tuple[str, float] | None:
     """The package whose best setting has the least RMS error at a budget."""
     errors_ = {
@@ -360,14 +358,7 @@ def show(record: dict[str, Any]) -> None:
     """The figure, and the tables into the page, from the record alone."""
     output_folder(ROOT / "docs/figures")
     save_figure(figure(record), ROOT / "docs/figures/calibration.png")
-    page = ROOT / "docs/calibration.md"
-    text = page.read_text("utf-8")
-    for name, (make, part) in TABLES.items():
-        if part in record:
-            before, rest = text.split(BEGIN.format(name))
-            text = f"{before}{BEGIN.format(name)}\n{make(record)}\n{END.format(name)}{rest.split(END.format(name))[1]}"
-    with replacing(page) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    into_page("calibration.md", {name: make(record) for name, (make, part) in TABLES.items() if part in record})
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from benchmarks.folders import into_page
 from ddim_ode import (
     DATA,
     Adaptive,
@@ -410,9 +411,6 @@ def orders(record: dict[str, Any]) -> dict[str, dict[str, list[float] | None]]:
     return found
 
 
-BEGIN, END = "<!-- solvers:begin -->", "<!-- solvers:end -->"
-
-
 def page() -> str:
     """The table of all named solvers, as Markdown, from what each says of itself and what was measured."""
     lines = ["| name | order | measured | dense output | calls a step | start | exact for | states | source |"]
@@ -426,14 +424,6 @@ def page() -> str:
             f"{calls} | {solver.start} | {solver.exact} | {solver.states} | {solver.source} |"
         )
     return "\n".join(lines)
-
-
-def write_page() -> None:
-    """Put the table into docs/solvers.md."""
-    path = ROOT / "docs/solvers.md"
-    before, rest = path.read_text("utf-8").split(BEGIN)
-    with replacing(path) as temporary:
-        temporary.write_text(f"{before}{BEGIN}\n{page()}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -532,7 +522,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_json(file, measure())
     record = json.loads(file.read_text(encoding="utf-8"))
     write_json(ORDERS, orders(record))
-    write_page()
+    into_page("solvers.md", {"solvers": page()})
     print(table(record["results"]))
     print("\ndown to sigma = 0")
     print(table(record["to_zero"]))

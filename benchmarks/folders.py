@@ -1,11 +1,11 @@
-"""Where a study writes, and that a short run, which only shows that it works, never writes over a record."""
+"""Where a study writes: records, figures, tables of a page; and that a short run, which only shows that it works, writes over none."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from ddim_ode.files import output_folder
+from ddim_ode.files import output_folder, replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, FIGURES, SHORT = ROOT / "benchmarks/results", ROOT / "docs/figures", ROOT / "out/paper"
@@ -35,3 +35,15 @@ def recorded(path: Path) -> Path:
     if not path.exists():
         raise SystemExit(f"no {path} to draw from: run it without --figures-only first")
     return path
+
+
+def into_page(page: str, tables: dict[str, str]) -> None:
+    """Put tables into a page of the docs, each between the comments that bear its name."""
+    path = ROOT / "docs" / page
+    text = path.read_text("utf-8")
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -33,9 +33,10 @@ from tqdm import tqdm
 
 import ddim_ode
 from benchmarks.contenders import PACKAGES, Task
+from benchmarks.folders import into_page
 from benchmarks.problems import MIXTURES, PROBLEMS, Problem, problem
 from ddim_ode.comparison import circumstances
-from ddim_ode.files import output_folder, replacing, write_json
+from ddim_ode.files import output_folder, write_json
 from ddim_ode.metrics import rms
 from ddim_ode.plotting import save_figure
 from ddim_ode.sampling import DEFAULTS
@@ -329,18 +330,11 @@ def _cell(error: float | None) -> str:
     return "failed" if error is None else f"{error:.2g}" if error < 1e-3 else f"{error:.4f}"
 
 
-BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"
-
-
 def show(record: dict[str, Any]) -> None:
     """Draw the figure and write the tables into the page, from the record alone."""
     output_folder(ROOT / "docs/figures")
     save_figure(figure(record), ROOT / "docs/figures/peers.png")
-    page = ROOT / "docs/peers.md"
-    before, rest = page.read_text("utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    with replacing(page) as temporary:
-        temporary.write_text(f"{before}{BEGIN}\n{table(record)}\n{END}{after}", encoding="utf-8")
+    into_page("peers.md", {"peers": table(record)})
 
 
 def versions() -> dict[str, str | None]:

@@ -43,13 +43,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ddim_ode
-from benchmarks.folders import FIGURES, ROOT, add_folders, folders, recorded
+from benchmarks.folders import FIGURES, add_folders, folders, into_page, recorded
 from benchmarks.problems import NETWORKS, problem
 from ddim_ode import EpsilonField
 from ddim_ode.comparison import Reference, circumstances
 from ddim_ode.data import as_tensor, bundled_images
 from ddim_ode.datasets import images as dataset_images
-from ddim_ode.files import replacing, write_json
+from ddim_ode.files import write_json
 from ddim_ode.metrics import mse, rms
 from ddim_ode.plotting import STYLE, save_figure
 from ddim_ode.reconstruction import reconstruct, reference_latents
@@ -306,7 +306,6 @@ def draw_table2(record: dict[str, Any]) -> Figure:
     return figure
 
 
-BEGIN, END = "<!-- round-trip:{}:begin -->", "<!-- round-trip:{}:end -->"
 #: Tables of the page: what they hold, and whose second state counts.
 TABLES = ("round_trip_mse", "alone_mse", "latent_rms")
 
@@ -364,13 +363,8 @@ def table2_page(record: dict[str, Any]) -> str:
 
 def write_page(record: dict[str, Any]) -> None:
     """Put the tables into docs/inversion.md."""
-    path = ROOT / "docs/inversion.md"
-    text = path.read_text("utf-8")
-    for name, made in (*((key, table(record, key)) for key in TABLES), ("table2", table2_page(record))):
-        before, rest = text.split(BEGIN.format(name))
-        text = f"{before}{BEGIN.format(name)}\n{made}\n{END.format(name)}{rest.split(END.format(name))[1]}"
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    made = {key: table(record, key) for key in TABLES} | {"table2": table2_page(record)}
+    into_page("inversion.md", {f"round-trip:{name}": text for name, text in made.items()})
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 import ddim_ode
-from benchmarks.folders import ROOT, SHORT, add_folders, folders, recorded
+from benchmarks.folders import FIGURES, ROOT, SHORT, add_folders, folders, into_page, recorded
 from benchmarks.metrics import features_of, kept_features, splits
 from ddim_ode import EfficientNetLite0, EpsilonField, Features, LatentWarning, Quality, quality
 from ddim_ode.comparison import circumstances
@@ -412,12 +412,19 @@ def main() -> None:
         warnings.simplefilter("ignore", LatentWarning)
         _measure(options, parts, name, path)
     record = json.loads(recorded(path).read_text("utf-8"))
-    for part in [part for part in parts if part in record]:
-        for measure_ in MEASURES:
-            print(f"\n{part}: {table(record, part, measure_)}")
-        for measure_ in MEASURES:
-            if record[part]["changes"]:
-                print(f"\n{part}: {changes(record, part, measure_)}")
+    tables = {
+        f"{part}:{measure_}": table(record, part, measure_) for part in parts if part in record for measure_ in MEASURES
+    }
+    tables |= {
+        f"{part}:{measure_}:changes": changes(record, part, measure_)
+        for part in parts
+        if part in record and record[part]["changes"]
+        for measure_ in MEASURES
+    }
+    for title, text in tables.items():
+        print(f"\n{title}: {text}")
+    if figures.resolve() == FIGURES and stem == "table1":
+        into_page("paper.md", tables)
     save_figure(draw(record), figures / f"{stem}.png")
 
 

@@ -281,3 +281,16 @@ def test_table_2_has_errors_over_images_and_a_figure():
     old = {"table2": {"network": {k: v for k, v in found.items() if not k.endswith("_error")}}}
     assert not round_trip.draw_table2(old).axes[0].containers[0].has_yerr
     assert " ± " not in round_trip.table2_page(old)
+
+
+def test_tables_go_into_a_page_between_their_comments(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "ROOT", tmp_path)
+    page = tmp_path / "docs/page.md"
+    page.parent.mkdir()
+    page.write_text("a\n<!-- x:begin -->old<!-- x:end -->\nb <!-- y:begin --><!-- y:end -->\n", "utf-8")
+    folders.into_page("page.md", {"x": "| new |"})
+    assert page.read_text("utf-8") == "a\n<!-- x:begin -->\n| new |\n<!-- x:end -->\nb <!-- y:begin --><!-- y:end -->\n"
+    with pytest.raises(ValueError):
+        folders.into_page("page.md", {"x": "| newer |", "z": ""})
+    assert "newer" not in page.read_text("utf-8")
+    assert [path.name for path in page.parent.iterdir()] == ["page.md"]
