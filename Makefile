@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test test-slow lint bench bench-adaptive bench-defaults bench-network bench-network-cifar10 bench-peers \
         bench-memory bench-throughput bench-work-precision bench-training bench-round-trip bench-latents bench-likelihood \
-        bench-metrics bench-discrete bench-proposition1 bench-table1 bench-paper-figures paper paper-short \
+        bench-metrics bench-calibration bench-discrete bench-proposition1 bench-table1 bench-paper-figures paper paper-short \
         train train-cifar10 clean
 
 demo: .venv/base                    ## compare solvers on the bundled network: a table, figures and JSON in out/demo
@@ -55,6 +55,9 @@ bench-likelihood: .venv/dev         ## errors of log-densities by calls, bits pe
 
 bench-metrics: .venv/dev            ## what distances between sets of images are worth at which number: half an hour
 	$(BIN)/python -m benchmarks.metrics
+
+bench-calibration: .venv/peers      ## calibrated solvers on latents never fitted to, beside the default and the peers: hours
+	$(BIN)/python -m benchmarks.calibration
 
 bench-proposition1: .venv/dev       ## Proposition 1: both fields, both Euler maps: minutes
 	$(BIN)/python -m benchmarks.proposition1
