@@ -49,7 +49,7 @@ from ddim_ode.solution import Status
 from ddim_ode.solvers import Solver, get
 from ddim_ode.solvers.calibrated import HOLDS_FOR, PART, Calibrated, Table, table
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "check_calibration"]
 
 Array = NDArray[np.float64]
 
@@ -112,7 +112,7 @@ def calibrate(
         Trajectories at once.
     network : callable, optional
         What sees features of images, as for :meth:`Features.of`: then distances between those of the solver's and of the reference's
-        images are in the record.
+        images are in the record. Encoding makes none.
     advance : callable
         Called with a few words before each piece of work.
 
@@ -128,14 +128,12 @@ def calibrate(
         If an argument cannot be used, before any model call; and if the reference does not converge, or too few trajectories are
         left.
     """
-    check_field(field)
     began = time.perf_counter()
-    nfe = whole(nfe, "nfe, the calls of a calibrated solver,", 2)
-    refine = whole(refine, "refine, the steps of refinement,", 0)
-    reference_nfe = whole(reference_nfe, "reference_nfe", 4 * nfe)
-    start = _starts(field, latents, images, n, seed, direction)
-    task = _Task(field, direction, whole(batch_size, "batch_size"))
-    base, unfitted = _bases(field, nfe, direction)
+    start, base, unfitted = check_calibration(
+        field, nfe, latents=latents, images=images, n=n, seed=seed, direction=direction, refine=refine,
+        reference_nfe=reference_nfe, batch_size=batch_size, network=network,
+    )  # fmt: skip
+    task = _Task(field, direction, batch_size)
 
     advance(f"reference, {reference_nfe} and {reference_nfe // 2} calls on {len(start)} trajectories")
     known = _reference(task, start, images is not None, reference_nfe)
@@ -149,6 +147,39 @@ def calibrate(
         )
     study.run(base, refine)
     return study.result(known, began, seed if latents is None and images is None else None, network)
+
+
+Unfitted = tuple[Solver, Grid]
+
+
+def check_calibration(
+    field: EpsilonField,
+    nfe: int,
+    *,
+    latents: Tensor | None = None,
+    images: Tensor | None = None,
+    n: int | None = None,
+    seed: int = 0,
+    direction: str = "sample",
+    refine: int = 6,
+    reference_nfe: int = 400,
+    batch_size: int = 64,
+    network: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, list[Unfitted], Unfitted]:
+    """Refuse what :func:`calibrate` refuses before any model call; where trajectories begin, members to fit, and the default."""
+    check_field(field)
+    nfe = whole(nfe, "nfe, the calls of a calibrated solver,", 2)
+    whole(refine, "refine, the steps of refinement,", 0)
+    reference_nfe = whole(reference_nfe, "reference_nfe", 4 * nfe)
+    whole(batch_size, "batch_size")
+    start = _starts(field, latents, images, n, seed, direction)
+    if network is not None:
+        if direction == "encode":
+            raise ValueError("network sees images, and encoding makes latents: leave it out")
+        # What it may be refused for, it is refused for on a blank picture, and not when all is done.
+        shape = tuple(start.shape[1:]) if field.codec is None else field.codec.shape
+        Features.of(torch.zeros((1, *shape), device=start.device), network)
+    return start, *_bases(field, nfe, direction)
 
 
 # -- what it is fitted to -----------------------------------------------------------------------
@@ -381,7 +412,7 @@ def _scales(numbers: Table) -> Array:
     return np.abs(np.diff(sigmas)) / (PART.c + sigmas[:-1])
 
 
-def _bases(field: EpsilonField, nfe: int, direction: str) -> tuple[list[tuple[Solver, Grid]], tuple[Solver, Grid]]:
+def _bases(field: EpsilonField, nfe: int, direction: str) -> tuple[list[Unfitted], Unfitted]:
     """Unfitted members of so many calls, and the first of them, the default."""
     default = plan(field, direction, None, None, None, nfe)
     grid = DEFAULTS[direction].grid
@@ -533,6 +564,8 @@ class _Study:
         """Gauss–Newton steps on the ends, until they help what was held back no more."""
         now = best = self.judge("", member, False)
         since = 0
+        if levels_only and member.grid.steps == 1:
+            return member  # no level can move
         for i in range(iterations):
             self.advance(
                 f"Gauss–Newton, step {i + 1} of {iterations} at most: mean error {now.mean:.4g}, held back {now.mean_held:.4g}"
@@ -622,7 +655,9 @@ class _Study:
 
     def _features(self, network: Callable[[Tensor], Tensor], default: _Judged, kept: _Judged) -> dict[str, Any]:
         """RMS distances, sample by sample, between the features of ends and of the reference's."""
-        see = lambda x: Features.of(x.clamp(-1.0, 1.0).float(), network)
+        codec = self.task.field.codec
+        shown = lambda x: x if codec is None else codec.decode(x)
+        see = lambda x: Features.of(shown(x).clamp(-1.0, 1.0).float(), network)
         wanted = see(self.held.exact)
         far = lambda ends: float((see(ends).values - wanted.values).square().sum(dim=1).mean().sqrt())
         return {"network": wanted.network, "default": far(default.ends), "kept": far(kept.ends)}

@@ -410,6 +410,8 @@ def test_what_is_named_beside_it_must_be_its_own(options, message, five, digits)
         ({"refine": -1}, "refine, the steps of refinement, must be"),
         ({"reference_nfe": 10}, "reference_nfe must be"),
         ({"batch_size": 0}, "batch_size must be"),
+        ({"network": lambda x: x.flatten(1)}, "the network must have a name"),
+        ({"network": nn.Flatten(), "direction": "encode"}, "encoding makes latents: leave it out"),
     ],
 )
 def test_bad_input_is_refused_before_any_model_call(options, message, digits):
@@ -424,6 +426,13 @@ def test_a_field_that_clips_cannot_be_calibrated_to_encode():
     with pytest.raises(ValueError, match="clips or thresholds the predicted data cannot encode"):
         calibrate(field, 4, n=4, direction="encode")
     assert field.nfe == 0
+
+
+@pytest.mark.parametrize("direction", ["sample", "encode"])
+def test_two_calls_are_enough(direction, digits):
+    """By the default of encoding they are one step, with no level to move."""
+    found = calibrate(digits, 2, n=4, refine=1, reference_nfe=160, direction=direction)
+    assert found.numbers.steps == 2
 
 
 def test_a_reference_that_does_not_converge_says_by_how_much():
