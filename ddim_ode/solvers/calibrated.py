@@ -174,7 +174,7 @@ class Calibrated(Solver):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        return f"calibrated{self.numbers.steps}"
+        return f"calibrated{'-encode' if self.encodes else ''}{self.numbers.steps}"
 
     @property
     def states(self) -> int:  # type: ignore[override]
@@ -237,11 +237,18 @@ class Calibrated(Solver):
         path = Path(path)
         if path.suffix != ".json":
             raise ValueError(f"solvers are written as .json, but the file is {path}")
+        write_json(path, self._about() | {"sha256": self.sha256})
+
+    @property
+    def sha256(self) -> str:
+        """What its file says of itself, record included: two solvers of one name are told apart by it."""
+        return _sum(self._about())
+
+    def _about(self) -> dict[str, Any]:
         numbers = {"sigmas": self.numbers.sigmas, "propagators": self.numbers.propagators}
         about: dict[str, Any] = {"format": FORMAT, "kind": "calibrated", "name": self.name}
         about |= numbers | {"weights": self.numbers.weights, "c": PART.c, "model": json.loads(self.model)}
-        about |= {"record": self.record}
-        write_json(path, about | {"sha256": _sum(about)})
+        return about | {"record": self.record}
 
 
 def load_solver(path: str | os.PathLike[str], *, force: bool = False) -> Calibrated:
