@@ -368,6 +368,10 @@ def _plan(
 ) -> tuple[Solver, Grid]:
     """Solver and nodes of a run up from σ_0."""
     method, nodes = plan(field, "encode", solver, grid, steps, nfe, DEFAULT)
+    if method.own_grid(field.schedule) is not None:
+        raise ValueError(
+            f"{method.name} brings its own grid, which begins at sigma = 0 and not where data have a density: name another solver"
+        )
     top = field.schedule.sigma_max
     if sigma is not None and not (is_number(sigma) and 0.0 <= sigma < top):
         raise ValueError(f"sigma must be a noise level in [0, {top:.6g}), where the data lie, but got {sigma!r}")

@@ -180,7 +180,7 @@ def decode(field: EpsilonField, latent: Tensor | Code, *, force: bool = False, *
         nodes and from both states, if it has two.
     force : bool
         Decode a code though the model is another, or `options` name another solver, which `eta` and `sigma_hat` do too, or
-        another grid.
+        another grid. A code of a solver that only encodes needs it: its latent alone is decoded, as :func:`sample` would.
     **options
         As for :func:`sample`. For a code ``dtype`` is by default that of its latents.
 
@@ -207,9 +207,23 @@ def check_code(field: EpsilonField, code: Code, *, force: bool = False, **option
     """What :func:`decode` would give :func:`sample` for a code; it refuses what :func:`decode` does."""
     named = {name: options[name] for name in _NODES if options.get(name) is not None}
     differ = code.differences(field)
-    solver = get(_chosen(options.get("solver"), options.get("eta"), options.get("sigma_hat", False)) or code.solver)
+    chosen_solver = _chosen(options.get("solver"), options.get("eta"), options.get("sigma_hat", False))
+    if both_ways(field, code.solver)[1] is None:
+        if not force:
+            also = f". It was also made otherwise: {'; '.join(differ)}" if differ else ""
+            raise ValueError(
+                f"this code was made by {code.solver.name}, which only encodes: decode its latent alone by another solver, "
+                f"decode(field, code.latent, solver=...); so does force=True, by the default or the solver that is named{also}"
+            )
+        solver, nodes = plan(field, "sample", chosen_solver, *(named.get(name) for name in _NODES))
+        solver.check_field(field)
+        return {"solver": solver, "grid": nodes}
+    solver = get(chosen_solver or code.solver)
+    solver.check_field(field)
     nodes = code.grid
-    if named:
+    if solver.own_grid(field.schedule) is not None:
+        nodes = plan(field, "sample", solver, *(named.get(name) for name in _NODES))[1]
+    elif named:
         # What is not named is the code's own, and a budget is counted on the way up, as it was when the code was made.
         rule = named.get("grid", code.grid.name if code.grid.name in grids() else None)
         way = "sample" if solver.stochastic else "encode"  # there is no way up
@@ -381,6 +395,7 @@ def round_trip(
     steps: int | None = None,
     nfe: int | None = None,
     solver: str | Solver | None = None,
+    back: str | Solver | None = None,
     grid: GridLike | None = None,
     dtype: torch.dtype = torch.float64,
     data_range: tuple[float, float] | None = (-1.0, 1.0),
@@ -400,7 +415,10 @@ def round_trip(
     solver, grid
         Used both ways; a solver alone runs on :data:`GRID`. A solver that keeps two states, as the default of encoding
         does, is run back over the same nodes from both: such a round trip is exact up to rounding, whatever the latent.
-        For what the latent alone gives back, ``decode(field, encode(field, images).x)``.
+        For what the latent alone gives back, ``decode(field, encode(field, images).x)``. A solver calibrated for one way goes
+        that way, and the default the other.
+    back : str or Solver, optional
+        The solver of the way back, if it is another than that of the way there: then the latent is all that it has.
     dtype, batch_size, progress
         As for :func:`sample`.
     data_range : (float, float) or None
@@ -410,13 +428,16 @@ def round_trip(
     -------
     RoundTrip
     """
-    options: dict[str, Any] = {"steps": steps, "nfe": nfe, "solver": solver, "grid": grid, "dtype": dtype}
+    there_by, back_by = both_ways(field, solver) if back is None else (solver, back)
+    for direction, each in (("encode", there_by), ("sample", back_by)):
+        plan(field, direction, each, grid, steps, nfe)[0].check_field(field)
+    options: dict[str, Any] = {"steps": steps, "nfe": nfe, "solver": back_by, "grid": grid, "dtype": dtype}
     options |= {"batch_size": batch_size, "progress": progress}
-    there = encode(field, images, data_range=data_range, **options)
+    there = encode(field, images, data_range=data_range, **options | {"solver": there_by})
     with warnings.catch_warnings():
         # A coarse encoder's latent may look odd; here that is a result, not a user's mistake.
         warnings.simplefilter("ignore", LatentWarning)
-        if there.second is not None:
+        if there.second is not None and back is None and back_by is there_by:
             options |= {
                 "solver": there.method,
                 "grid": there.grid.reversed(),
@@ -503,6 +524,13 @@ def interpolate(field: EpsilonField, a: Tensor, b: Tensor, n: int = 8, **options
 
 
 # -- what they share ----------------------------------------------------------------------------
+def both_ways(field: EpsilonField, solver: str | Solver | None) -> tuple[Solver | None, Solver | None]:
+    """What encodes and what samples where one solver is named, None for the default: one that goes one way only has it go the other."""
+    method = None if solver is None else get(solver)
+    own = None if method is None else method.own_grid(field.schedule)
+    return (method if own is None or own.encoding else None), (method if own is None or not own.encoding else None)
+
+
 class LatentWarning(UserWarning):
     """A latent does not look like a draw from a unit Gaussian."""
 

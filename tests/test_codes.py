@@ -609,3 +609,37 @@ def test_a_schedule_of_few_times_decodes_its_codes():
     data = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
     code = ddim_ode.Code.of(field, ddim_ode.encode(field, data, steps=5))
     assert float((ddim_ode.decode(field, code).x - data).abs().max()) < 1e-12
+
+
+def test_a_code_of_what_only_encodes_has_its_latent_decoded_by_another(tmp_path):
+    options = {"n": 4, "refine": 0, "reference_nfe": 160}
+    up, down = (ddim_ode.calibrate(FIELD, 4, direction=way, **options) for way in ("encode", "sample"))
+    run = encode(FIELD, IMAGES, solver=up)
+    Code.of(FIELD, run).save(tmp_path / "z.safetensors")
+    code = load_code(tmp_path / "z.safetensors")
+    assert code.solver == up
+    calls = FIELD.nfe
+    for more in ({}, {"solver": "ddim"}, {"solver": down}, {"nfe": 5}):
+        with pytest.raises(
+            ValueError, match=r"calibrated-encode4, which only encodes: .* decode\(field, code.latent, solver"
+        ):
+            decode(FIELD, code, **more)
+    with pytest.raises(ValueError, match="was made to encode"):
+        decode(FIELD, code, solver=up, force=True)
+    with pytest.raises(ValueError, match=r"only encodes: .* was also made otherwise: .*label is"):
+        decode(network(label="nearest"), code)
+    other = EpsilonField.from_sigma(FIELD.model, LINEAR, shape=SHAPE, clip=1.0)
+    with pytest.raises(ValueError, match="calibrated for another model"):
+        decode(other, code, solver=down, force=True)
+    assert (FIELD.nfe, other.nfe) == (calls, 0)
+    for more in ({"nfe": 5}, {"solver": "ddim", "nfe": 5}, {"solver": down}):
+        bits(decode(FIELD, code, force=True, **more).x, sample(FIELD, run.x, **more).x)
+
+
+def test_a_calibrated_decoder_takes_any_code_by_force_on_its_own_grid(code):
+    down = ddim_ode.calibrate(FIELD, 4, n=4, refine=0, reference_nfe=160)
+    with pytest.raises(ValueError, match=r"solver is calibrated4, was alf-flow; the grid is <Grid calibrated: 4 steps"):
+        decode(FIELD, code, solver=down)
+    bits(decode(FIELD, code, solver=down, force=True).x, sample(FIELD, code.latent, solver=down).x)
+    with pytest.raises(ValueError, match="nfe = 5 contradicts calibrated4"):
+        decode(FIELD, code, solver=down, nfe=5, force=True)

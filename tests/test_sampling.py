@@ -261,6 +261,81 @@ def test_an_error_of_images_that_require_grad_is_a_number():
     assert not ddim_ode.round_trip(FIELD, IMAGES.clone().requires_grad_(), nfe=4).mse.requires_grad
 
 
+OWN = exact_samples(LATENT)  # images of the model's own
+
+
+@pytest.fixture(scope="module")
+def one_way():
+    """Solvers of four calls up and of three down."""
+    options = {"n": 4, "refine": 0, "reference_nfe": 160}
+    up = ddim_ode.calibrate(FIELD, 4, direction="encode", **options)
+    return up, ddim_ode.calibrate(FIELD, 3, **options)
+
+
+def test_a_round_trip_goes_there_by_one_solver_and_back_by_another(one_way):
+    up, down = one_way
+    trip = ddim_ode.round_trip(FIELD, OWN, data_range=None, solver=up, back=down)
+    there = ddim_ode.encode(FIELD, OWN, data_range=None, solver=up)
+    torch.testing.assert_close(trip.latent, there.x, rtol=0, atol=0)
+    back = ddim_ode.decode(FIELD, there.x, solver=down).x
+    torch.testing.assert_close(trip.reconstruction, back, rtol=0, atol=0)
+    assert (trip.encoding.solver, trip.decoding.solver, trip.nfe) == ("calibrated-encode4", "calibrated3", 7)
+    # Of a solver that keeps two states what is named for the way back has the latent alone.
+    trip = ddim_ode.round_trip(FIELD, OWN, data_range=None, solver="alf", back="ab2", grid="linear", nfe=8)
+    there = ddim_ode.encode(FIELD, OWN, data_range=None, solver="alf", grid="linear", nfe=8)
+    back = ddim_ode.sample(FIELD, there.x, solver="ab2", grid="linear", nfe=8).x
+    torch.testing.assert_close(trip.reconstruction, back, rtol=0, atol=0)
+    alone = ddim_ode.round_trip(FIELD, OWN, data_range=None, solver="alf", back="alf", nfe=8)
+    assert alone.mse.max() > 1e-8 > ddim_ode.round_trip(FIELD, OWN, data_range=None, solver="alf", nfe=8).mse.max()
+
+
+def test_a_solver_of_one_way_leaves_the_other_to_the_default(one_way):
+    up, down = one_way
+    trip = ddim_ode.round_trip(FIELD, OWN, data_range=None, solver=up)
+    assert (trip.encoding.solver, trip.decoding.solver) == (up.name, DEFAULTS["sample"].solver)
+    trip = ddim_ode.round_trip(FIELD, OWN, data_range=None, solver=down, nfe=3)
+    assert (trip.encoding.solver, trip.decoding.solver) == (DEFAULTS["encode"].solver, down.name)
+    back = ddim_ode.sample(FIELD, ddim_ode.encode(FIELD, OWN, data_range=None, nfe=3).x, solver=down).x
+    torch.testing.assert_close(trip.reconstruction, back, rtol=0, atol=0)
+
+
+def test_ways_that_cannot_be_gone_are_refused_before_any_call(one_way):
+    up, down = one_way
+    other = EpsilonField(lambda x, t: x, LINEAR, shape=SHAPE)
+    clipping = EpsilonField.from_sigma(EXACT, LINEAR, shape=SHAPE, clip=1.0)
+    latent = ddim_ode.encode(FIELD, OWN, data_range=None, solver=up).x
+    before = FIELD.nfe
+    for call, says in (
+        (lambda: ddim_ode.round_trip(FIELD, OWN, data_range=None, solver=down, back=down), "was made to sample"),
+        (lambda: ddim_ode.round_trip(FIELD, OWN, data_range=None, solver="ddim", back=up), "was made to encode"),
+        (
+            lambda: ddim_ode.round_trip(FIELD, OWN, data_range=None, solver=up, nfe=5),
+            "nfe = 5 contradicts calibrated-encode4",
+        ),
+        (
+            lambda: ddim_ode.round_trip(FIELD, OWN, data_range=None, solver=up, back=down, nfe=4),
+            "nfe = 4 contradicts calibrated3",
+        ),
+        (lambda: ddim_ode.round_trip(FIELD, OWN, data_range=None, back=down, grid="linear"), "brings its own grid"),
+        (lambda: ddim_ode.round_trip(FIELD, OWN, data_range=None, back="dopri5", nfe=8), "no budget of steps or nfe"),
+        (
+            lambda: ddim_ode.round_trip(other, OWN, data_range=None, back=down),
+            "calibrated for another model: coordinates is",
+        ),
+        (
+            lambda: ddim_ode.round_trip(other, OWN, data_range=None, solver=up),
+            "calibrated for another model: coordinates is",
+        ),
+        (lambda: ddim_ode.decode(clipping, latent, solver=down), "calibrated for another model: clip is"),
+        (lambda: ddim_ode.interpolate(FIELD, latent[:1], latent[1:2], 3, solver=up), "was made to encode"),
+        (lambda: ddim_ode.log_density(FIELD, OWN, solver=up), "begins at sigma = 0 and not where data"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            call()
+    assert FIELD.nfe == before
+    assert other.nfe == clipping.nfe == 0
+
+
 def test_float32_states():
     run = ddim_ode.sample(FIELD, LATENT, nfe=10, dtype=torch.float32)
     assert run.x.dtype == torch.float32
