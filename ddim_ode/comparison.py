@@ -21,11 +21,12 @@ import ddim_ode
 from ddim_ode.field import EpsilonField
 from ddim_ode.grid import Grid
 from ddim_ode.metrics import mse, rms
-from ddim_ode.sampling import DEFAULTS, GRID, round_trip, sample
+from ddim_ode.sampling import DEFAULTS, GRID, both_ways, plan, round_trip, sample
+from ddim_ode.schedule import NoiseSchedule
 from ddim_ode.solution import Status
-from ddim_ode.solvers import get
+from ddim_ode.solvers import Solver, get
 
-__all__ = ["Comparison", "Reference", "circumstances", "compare", "reference"]
+__all__ = ["Comparison", "Reference", "by_name", "check_budgets", "circumstances", "compare", "pays", "reference"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +100,7 @@ def compare(
     evaluate: EpsilonField,
     latent: Tensor,
     images: Tensor,
-    solvers: Sequence[str],
+    solvers: Sequence[str | Solver],
     budgets: Sequence[int],
     *,
     grid: str | None = None,
@@ -118,13 +119,14 @@ def compare(
         x_T to sample, (B, \\*d).
     images : Tensor
         Images to encode and decode, (B', \\*d); for a latent-diffusion model, latents of them.
-    solvers : sequence of str
-        Names of solvers that take a budget; ``"default"`` is what :func:`ddim_ode.sample` and :func:`ddim_ode.encode` do
-        when nothing is named.
+    solvers : sequence of str or Solver
+        Of those that take a budget; ``"default"`` is what :func:`ddim_ode.sample` and :func:`ddim_ode.encode` do when nothing is
+        named. One calibrated for sampling samples and decodes what the default has encoded; one for encoding does the encoding of
+        the round trip alone.
     budgets : sequence of int
         Model calls, each way for the round trip.
     grid : str, optional
-        One grid for all; by default :data:`ddim_ode.sampling.GRID`.
+        One grid for all that do not bring their own; by default :data:`ddim_ode.sampling.GRID`.
     dtype : torch.dtype
         The state's dtype.
     exact : Reference, optional
@@ -137,9 +139,11 @@ def compare(
     Returns
     -------
     Comparison
-        A row has ``solver``, ``nfe`` (the budget), ``calls`` (spent), ``steps``, ``rms`` (over all samples that have
-        a reference; NaN if one of them failed), ``median`` and ``worst`` (per sample), ``seconds``, ``round_trip_mse``,
-        ``round_trip_calls``, ``round_trip_seconds`` and ``failed`` (samples). A budget below one step gives a row of nulls.
+        A row has ``solver`` (as :func:`by_name`), ``nfe`` (the budget), ``calls`` (spent), ``steps``, ``rms`` (over all samples
+        that have a reference; NaN if one of them failed), ``median`` and ``worst`` (per sample), ``seconds``, ``round_trip_mse``,
+        ``round_trip_calls``, ``round_trip_seconds``, ``failed`` (samples), and ``encoder`` and ``decoder``, which made the round
+        trip. A budget below one step, or another than a calibrated solver's own, gives a row of nulls. What only encodes has nulls
+        for samples, and its ``calls`` are those of encoding.
         For a latent-diffusion model ``round_trip_mse`` compares what its decoder makes of `images` and of the latents
         that came back, so that the decoder's own loss is not counted; ``rms`` is of latents.
 
@@ -148,7 +152,9 @@ def compare(
     ValueError
         If a solver is unknown, adaptive or iterative, before any model call.
     """
-    refuse_unbudgeted(solvers, "solvers=")
+    methods = by_name(solvers)
+    refuse_unbudgeted(methods, "solvers=")
+    check_budgets(evaluate, methods, budgets, grid, "budgets=")
     if exact is None:
         advance("reference")
         exact = reference(evaluate, latent)
@@ -168,41 +174,53 @@ def compare(
     found.record["rows"] = rows
     codec = evaluate.codec
     pictures = None if codec is None else codec.decode(images)
-    for name in solvers:
+    for name, solver in methods.items():
         for nfe in budgets:
             advance(f"{name}, {nfe} calls")
-            options: dict[str, Any] = {"nfe": nfe, "dtype": dtype}
-            if name != "default":
-                options |= {"solver": name, "grid": grid or GRID}
-                if get(name).nfe(1) > nfe:
-                    rows.append({"solver": name, "nfe": nfe} | dict.fromkeys(_MEASURED))
-                    continue
+            if not pays(solver, nfe, evaluate.schedule):
+                rows.append({"solver": name, "nfe": nfe} | dict.fromkeys(_MEASURED))
+                continue
+            options: dict[str, Any] = {
+                "nfe": nfe,
+                "dtype": dtype,
+                "solver": solver,
+                "grid": _grid(solver, grid, evaluate),
+            }
             start = time.perf_counter()
-            run = sample(evaluate, latent, **options)
+            encodes_only = solver is not None and both_ways(evaluate, solver)[1] is None
+            run = None if encodes_only else sample(evaluate, latent, **options)
             middle = time.perf_counter()
             trip = round_trip(evaluate, images, data_range=data_range, **options)
             end = time.perf_counter()
             lost = trip.mse
             if codec is not None and pictures is not None:
                 lost = mse(pictures, codec.decode(trip.reconstruction))
-            each = rms(run.x, exact.x)
-            failed = [s is not Status.SUCCESS for s in run.status]
-            if any(failed):
-                each[torch.tensor(failed)] = math.nan
-            each = each[known]
-            found.samples[name, nfe], found.reconstructions[name, nfe] = run.x, trip.reconstruction
-            rows.append(
-                {
-                    "solver": name,
-                    "nfe": nfe,
-                    "calls": run.nfe,
-                    "steps": run.grid.steps,
-                    "grid": run.grid.name,
-                    "encode_grid": trip.encoding.grid.name,
+            row: dict[str, Any] = {"solver": name, "nfe": nfe} | dict.fromkeys(_MEASURED)
+            failed: list[bool] = []
+            if run is not None:
+                each = rms(run.x, exact.x)
+                failed = [s is not Status.SUCCESS for s in run.status]
+                if any(failed):
+                    each[torch.tensor(failed)] = math.nan
+                each = each[known]
+                found.samples[name, nfe] = run.x
+                row |= {
                     "rms": float(each.square().mean().sqrt()),
                     "median": float(each.median()),
                     "worst": float(each.max()) if each.numel() else math.nan,
                     "seconds": middle - start,
+                }
+            found.reconstructions[name, nfe] = trip.reconstruction
+            first = trip.encoding if run is None else run
+            rows.append(
+                row
+                | {
+                    "calls": first.nfe,
+                    "steps": first.grid.steps,
+                    "grid": trip.decoding.grid.name if run is None else run.grid.name,
+                    "encode_grid": trip.encoding.grid.name,
+                    "encoder": trip.encoding.solver,
+                    "decoder": trip.decoding.solver,
                     "round_trip_mse": float(lost.mean()),
                     "round_trip_calls": trip.nfe,
                     "round_trip_seconds": end - middle,
@@ -217,12 +235,61 @@ def compare(
     return found
 
 
-def refuse_unbudgeted(solvers: Sequence[str], named: str) -> None:
+def by_name(solvers: Sequence[str | Solver]) -> dict[str, Solver | None]:
+    """Solvers under the names that rows have, each once; None is the default, and a second one of a name has a number behind it."""
+    methods: dict[str, Solver | None] = {}
+    for named in solvers:
+        method = None if isinstance(named, str) and named == "default" else get(named)
+        name, count = "default" if method is None else method.name, 1
+        while name in methods and methods[name] != method:
+            count += 1
+            name = f"{method.name} ({count})"  # type: ignore[union-attr]
+        methods[name] = method
+    return methods
+
+
+def pays(solver: Solver | None, nfe: int, schedule: NoiseSchedule) -> bool:
+    """Whether a budget pays for a step, or is that of the only grid it runs on."""
+    if solver is None:
+        return True
+    own = solver.own_grid(schedule)
+    return solver.nfe(1) <= nfe if own is None else solver.calls(own) == nfe
+
+
+def check_budgets(
+    evaluate: EpsilonField, methods: dict[str, Solver | None], budgets: Sequence[int], grid: str | None, named: str
+) -> None:
+    """Refuse a run that could not be made, before any model call; `named` says where budgets were named.
+
+    A budget that does not pay for one step is only a gap.
+    """
+    if grid is not None:
+        Grid.make(grid, evaluate.schedule, 2)  # even if no run is on it
+    for name, solver in methods.items():
+        if solver is not None:
+            solver.check_field(evaluate)
+        for nfe in budgets:
+            if not pays(solver, nfe, evaluate.schedule):
+                continue
+            try:
+                for direction, each in zip(("encode", "sample"), both_ways(evaluate, solver), strict=True):
+                    plan(evaluate, direction, each, _grid(each, grid, evaluate), None, nfe)
+            except ValueError as error:
+                raise ValueError(f"{named} {nfe} with {name}: {error}") from error
+
+
+def _grid(solver: Solver | None, grid: str | None, evaluate: EpsilonField) -> str | None:
+    """The default and what brings its own grid are not told one."""
+    own = solver is None or solver.own_grid(evaluate.schedule) is not None
+    return None if own else grid or GRID
+
+
+def refuse_unbudgeted(methods: dict[str, Solver | None], named: str) -> None:
     """Refuse solvers that no budget of calls can be given to; `named` says where they were named."""
-    without = [name for name in solvers if name != "default" and not get(name).budgeted]
+    without = [name for name, method in methods.items() if method is not None and not method.budgeted]
     if without:
         raise ValueError(
-            f"{named} names {', '.join(map(str, without))}, but adaptive solvers have tolerances, iterative ones equations to "
+            f"{named} names {', '.join(without)}, but adaptive solvers have tolerances, iterative ones equations to "
             "solve, and neither a budget of calls to be compared at: leave them out"
         )
 
@@ -232,6 +299,8 @@ _MEASURED = (
     "steps",
     "grid",
     "encode_grid",
+    "encoder",
+    "decoder",
     "rms",
     "median",
     "worst",

@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddim_ode.comparison import Reference, circumstances
+from ddim_ode.comparison import Reference, by_name, circumstances, pays
 from ddim_ode.field import EpsilonField
 from ddim_ode.grid import Grid
 from ddim_ode.metrics import mse, rms
 from ddim_ode.noise import noise
-from ddim_ode.sampling import DEFAULTS, GRID, LatentWarning, encode, plan, sample
+from ddim_ode.sampling import DEFAULTS, GRID, LatentWarning, both_ways, encode, plan, sample
+from ddim_ode.schedule import NoiseSchedule
 from ddim_ode.solution import Solution, Status
 from ddim_ode.solvers import Adaptive, Solver, get
 from ddim_ode.solvers.runge_kutta import DOPRI5
@@ -118,12 +119,12 @@ def reconstruct(
     images : Tensor
         x_0, (B, \*d); for a latent-diffusion model, latents of images, whose errors are measured on decoded pictures.
     solvers : sequence of str or Solver
-        Each is used both ways. ``"default"`` is what :func:`ddim_ode.round_trip` does when nothing is named; from the latent
-        alone it is what :func:`ddim_ode.sample` does.
+        Each is used both ways, and the default the other way for one that is calibrated for one. ``"default"`` is what
+        :func:`ddim_ode.round_trip` does when nothing is named; from the latent alone it is what :func:`ddim_ode.sample` does.
     budgets : sequence of int
         Model calls each way; steps for methods that iterate. An adaptive one has neither, and is run once.
     grid : str, optional
-        One grid for all; by default :data:`ddim_ode.sampling.GRID`.
+        One grid for all that do not bring their own; by default :data:`ddim_ode.sampling.GRID`.
     exact : Reference, optional
         The true latents, if they are known; else :func:`reference_latents` finds them.
     along : int, optional
@@ -138,31 +139,30 @@ def reconstruct(
     Returns
     -------
     Reconstruction
-        A row has ``solver``, ``nfe`` (the budget), ``steps``, ``grid``, ``encode_calls``, ``decode_calls``, ``states``; means
-        over images ``latent_rms``, ``decode_rms`` (root mean squares over images and dimensions, in x), ``round_trip_mse``,
-        ``alone_mse``, ``float32_mse`` (on [0, 1]); ``each``, the same for every image; ``growth``, how many times larger a
-        relative error of the second state comes back in x; ``residual`` and ``contraction`` of methods that iterate;
-        ``failed``, the images that failed, which the means leave out, and ``unconverged``, those that an iteration did not
-        finish, which they do not; ``seconds``. A budget below one step gives a row of nulls.
+        A row has ``solver`` (as :func:`~ddim_ode.comparison.by_name`), ``nfe`` (the budget), ``encoder``, ``decoder``, ``steps``,
+        ``grid``, ``encode_calls``, ``decode_calls``, ``states``; means over images ``latent_rms``, ``decode_rms`` (root mean
+        squares over images and dimensions, in x), ``round_trip_mse``, ``alone_mse``, ``float32_mse`` (on [0, 1]); ``each``, the
+        same for every image; ``growth``, how many times larger a relative error of the second state comes back in x; ``residual``
+        and ``contraction`` of methods that iterate; ``failed``, the images that failed, which the means leave out, and
+        ``unconverged``, those that an iteration did not finish, which they do not; ``seconds``. A budget below one step, or another
+        than a calibrated solver's own, gives a row of nulls.
 
     Raises
     ------
     ValueError
         If an argument cannot be used, before any model call.
     """
-    methods: dict[str, Solver | None] = {}
-    for named in solvers:
-        if isinstance(named, str) and named == "default":
-            methods[named] = None
-        else:
-            methods[get(named).name] = get(named)
+    methods = by_name(solvers)
+    schedule = evaluate.schedule
     if not methods or not budgets:
         raise ValueError("reconstruct needs at least one solver and one budget")
     for solver in methods.values():
+        if solver is not None:
+            solver.check_field(evaluate)
         for budget in budgets:
-            if _affordable(solver, budget):
-                _plan(evaluate, solver, grid, budget)
-    if not any(_affordable(solver, budget) for solver in methods.values() for budget in budgets):
+            if _affordable(solver, budget, schedule):
+                _downward(evaluate, solver, grid, budget, *_plan(evaluate, solver, grid, budget))
+    if not any(_affordable(solver, budget, schedule) for solver in methods.values() for budget in budgets):
         raise ValueError(f"no budget of {', '.join(map(str, budgets))} calls pays for one step of {', '.join(methods)}")
     if exact is None:
         advance("reference")
@@ -189,7 +189,7 @@ def reconstruct(
             asked: Sequence[int | None] = (None,) if adaptive else budgets
             for nfe in asked:
                 advance(name if nfe is None else f"{name}, {nfe} {_unit(solver)}")
-                if nfe is not None and not _affordable(solver, nfe):
+                if nfe is not None and not _affordable(solver, nfe, schedule):
                     rows.append({"solver": name, "nfe": nfe} | dict.fromkeys(_MEASURED))
                     continue
                 row, there, back = _measure(evaluate, images, judge, name, solver, grid, nfe, options)
@@ -202,8 +202,8 @@ def reconstruct(
 
 
 _MEASURED = (
-    "steps", "grid", "encode_calls", "decode_calls", "states", "latent_rms", "decode_rms", "round_trip_mse", "alone_mse", "float32_mse",
-    "each", "growth", "residual", "contraction", "failed", "unconverged", "seconds",
+    "encoder", "decoder", "steps", "grid", "encode_calls", "decode_calls", "states", "latent_rms", "decode_rms", "round_trip_mse",
+    "alone_mse", "float32_mse", "each", "growth", "residual", "contraction", "failed", "unconverged", "seconds",
 )  # fmt: skip
 
 
@@ -211,16 +211,17 @@ def _unit(solver: Solver | None) -> str:
     return "steps" if solver is not None and solver.iterative else "calls"
 
 
-def _affordable(solver: Solver | None, nfe: int) -> bool:
+def _affordable(solver: Solver | None, nfe: int, schedule: NoiseSchedule) -> bool:
     if solver is None:
         return all(get(default.solver).nfe(1) <= nfe for default in DEFAULTS.values())
-    return not solver.budgeted or solver.nfe(1) <= nfe
+    return not solver.budgeted or pays(solver, nfe, schedule)
 
 
 def _plan(evaluate: EpsilonField, solver: Solver | None, grid: str | None, nfe: int | None) -> tuple[Solver, Grid]:
     """The encoder and its grid."""
-    if solver is None:
-        return plan(evaluate, "encode", None, None, None, nfe)
+    solver, _ = both_ways(evaluate, solver)
+    if solver is None or solver.own_grid(evaluate.schedule) is not None:
+        return plan(evaluate, "encode", solver, None, None, nfe)
     if solver.adaptive:
         return plan(evaluate, "encode", solver, None, None, None)
     if solver.iterative:
@@ -268,17 +269,18 @@ def _measure(
     way = {"data_range": judge.data_range} | options
     start = time.perf_counter()
     there = encode(evaluate, images, solver=method, grid=nodes, **way)
-    down = _downward(evaluate, method, solver, nodes, grid, nfe)
-    back = sample(evaluate, there.x, second=there.second, **down, **options)
+    down = _downward(evaluate, solver, grid, nfe, method, nodes)
+    held = lambda run: run.second if down["solver"] is method else None  # another decodes the latent alone
+    back = sample(evaluate, there.x, second=held(there), **down, **options)
     seconds = time.perf_counter() - start
     # What nothing but the latent is decoded by: the default for sampling, where that is another.
     plain: dict[str, Any] = {"nfe": nfe} if solver is None else down
-    alone = back if there.second is None else sample(evaluate, there.x, **plain, **options)
+    alone = back if held(there) is None else sample(evaluate, there.x, **plain, **options)
     known = judge.latent.flatten(1).isfinite().all(dim=1)
     from_reference = sample(evaluate, torch.nan_to_num(judge.latent), **plain, **options)
     coarse: dict[str, Any] = {"dtype": torch.float32}
     there32 = encode(evaluate, images, solver=method, grid=nodes, **coarse, **way)
-    back32 = sample(evaluate, there32.x, second=there32.second, **down, **coarse, **options)
+    back32 = sample(evaluate, there32.x, second=held(there32), **down, **coarse, **options)
     each = {
         "latent_rms": _only(rms(there.x, judge.latent), there.status),
         "decode_rms": _only(
@@ -296,14 +298,16 @@ def _measure(
     row: dict[str, Any] = {
         "solver": name,
         "nfe": nfe,
+        "encoder": there.solver,
+        "decoder": back.solver,
         "steps": None if method.adaptive else nodes.steps,
         "grid": nodes.name,
         "encode_calls": _calls(there),
         "decode_calls": _calls(back),
-        "states": 1 if there.second is None else 2,
+        "states": 1 if held(there) is None else 2,
         **{key: _mean(value, root=key.endswith("rms")) for key, value in each.items()},
         "each": {key: value.tolist() for key, value in each.items()},
-        "growth": None if there.second is None else _growth(evaluate, there, back, down, options),
+        "growth": None if held(there) is None else _growth(evaluate, there, back, down, options),
         "residual": None if outcome is None or outcome.residual is None else list(outcome.residual),
         "contraction": None if outcome is None or outcome.contraction is None else list(outcome.contraction),
         "failed": failed,
@@ -325,9 +329,12 @@ def _growth(
 
 
 def _downward(
-    evaluate: EpsilonField, method: Solver, solver: Solver | None, nodes: Grid, grid: str | None, nfe: int | None
+    evaluate: EpsilonField, solver: Solver | None, grid: str | None, nfe: int | None, method: Solver, nodes: Grid
 ) -> dict[str, Any]:
-    """How a method goes back: over the same nodes if it has two states or no budget, else by as many calls."""
+    """How what `method` has encoded goes back: over the same nodes if it has two states or no budget, else by as many calls."""
+    there, back = both_ways(evaluate, solver)
+    if there is not back:  # what goes one way only, and the default the other
+        return dict(zip(("solver", "grid"), plan(evaluate, "sample", back, None, None, nfe), strict=True))
     if method.paired or not method.budgeted:
         return {"solver": method, "grid": nodes.reversed()}
     return {"solver": method, "grid": plan(evaluate, "sample", method, grid or GRID, None, nfe)[1]}
@@ -357,14 +364,15 @@ def _along(
     """RMS error of the state, in x, at every node on the way up and on the way back."""
     runs: dict[str, tuple[Solution, Solution]] = {}
     for name, solver in methods.items():
-        if not _affordable(solver, nfe):
+        if not _affordable(solver, nfe, evaluate.schedule):
             continue
         method, nodes = _plan(evaluate, solver, grid, nfe)
         if method.adaptive:
             continue  # it has no nodes
         there = encode(evaluate, images, solver=method, grid=nodes, trajectory=True, data_range=data_range, **options)
-        down = _downward(evaluate, method, solver, nodes, grid, nfe)
-        back = sample(evaluate, there.x, second=there.second, trajectory=True, **down, **options)
+        down = _downward(evaluate, solver, grid, nfe, method, nodes)
+        second = there.second if down["solver"] is method else None
+        back = sample(evaluate, there.x, second=second, trajectory=True, **down, **options)
         runs[name] = there, back
     levels = sorted({s for pair in runs.values() for run in pair for s in run.grid.sigmas.tolist()})
     if not levels:

@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 import ddim_ode
 from ddim_ode import data
 from ddim_ode.comparison import Reference, compare, reference
+from ddim_ode.models.analytic import GaussianEpsilon
 from ddim_ode.models.checkpoints import build, describe, save_model
 from ddim_ode.plotting import error_figure, round_trip_figure, save_figure, sheet_figure
+from ddim_ode.solvers.runge_kutta import DOPRI5
 
 SMALL = {
     "shape": [1, 8, 8],
@@ -159,3 +161,55 @@ def test_failed_samples_are_nan_not_numbers():
     (row,) = found.record["rows"]
     assert np.isnan(row["rms"])
     assert row["failed"] == 4
+
+
+def test_comparisons_take_solvers_and_those_of_one_way():
+    shape = (1, 4, 4)
+    model = GaussianEpsilon(torch.zeros(shape), torch.linspace(0.05, 0.4, 16).reshape(shape))
+    field = ddim_ode.EpsilonField.from_sigma(model, ddim_ode.NoiseSchedule.linear(), shape=shape)
+    latent, images = ddim_ode.noise(shape, 3, 1), ddim_ode.sample(field, n=2, nfe=40).x
+    options = {"n": 4, "refine": 0, "reference_nfe": 160}
+    up, down = (ddim_ode.calibrate(field, 5, direction=way, **options) for way in ("encode", "sample"))
+    other = ddim_ode.calibrate(field, 5, seed=1, **options)
+    ab2 = ddim_ode.Multistep(2)
+    exact = Reference(ddim_ode.sample(field, latent, nfe=200).x, 0.0, 200, ("default",))
+    settings = {"exact": exact, "data_range": None, "grid": "linear"}
+    found = compare(field, latent, images, [down, up, other, ab2, "default"], [4, 5], **settings)
+    rows = {(row["solver"], row["nfe"]): row for row in found.record["rows"]}
+    assert list(dict.fromkeys(name for name, _ in rows)) == [
+        "calibrated5", "calibrated-encode5", "calibrated5 (2)", ab2.name, "default",
+    ]  # fmt: skip
+    for name in ("calibrated5", "calibrated-encode5", "calibrated5 (2)"):
+        assert {value for key, value in rows[name, 4].items() if key not in ("solver", "nfe")} == {None}
+    assert len({frozenset(row) for row in rows.values()}) == 1
+    row, run = rows["calibrated5", 5], ddim_ode.sample(field, latent, solver=down)
+    assert row["rms"] == pytest.approx(float((run.x - exact.x).square().mean().sqrt()))
+    assert (row["calls"], row["grid"], row["encoder"], row["decoder"]) == (5, "calibrated", "alf-flow", "calibrated5")
+    back = ddim_ode.sample(field, ddim_ode.encode(field, images, nfe=5, data_range=None).x, solver=down)
+    assert row["round_trip_mse"] == pytest.approx(float(((images - back.x) / 2).square().mean()))
+    row = rows["calibrated-encode5", 5]
+    assert (row["rms"], row["seconds"], row["calls"], row["round_trip_calls"]) == (None, None, 5, 10)
+    assert (row["encoder"], row["decoder"], row["encode_grid"]) == ("calibrated-encode5", "flowdown5", "calibrated")
+    assert set(found.samples) == {
+        ("calibrated5", 5),
+        ("calibrated5 (2)", 5),
+        (ab2.name, 4),
+        (ab2.name, 5),
+        ("default", 4),
+        ("default", 5),
+    }
+    assert rows[ab2.name, 5]["grid"] == "linear"
+    record = json.loads(json.dumps(found.record))
+    for figure in (error_figure(record), round_trip_figure(record)):
+        assert figure.axes[0].get_legend() is not None
+    calls = field.nfe
+    for solvers, says in (
+        ([ddim_ode.Generative(1.0)], "budgets= 5 with ddpm: ddpm samples only"),
+        ([ddim_ode.Adaptive(DOPRI5)], "solvers= names dopri5, but adaptive"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            compare(field, latent, images, solvers, [5], **settings)
+    wrong = ddim_ode.EpsilonField(lambda x, t: x, field.schedule, shape=shape)
+    with pytest.raises(ValueError, match="calibrated for another model"):
+        compare(wrong, latent, images, [down], [5])
+    assert (field.nfe, wrong.nfe) == (calls, 0)

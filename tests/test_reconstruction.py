@@ -159,3 +159,38 @@ def test_budgets_that_pay_for_nothing_are_refused():
     rows = study(["default", "ddim"], [1]).record["rows"]
     assert [row["latent_rms"] is None for row in rows] == [True, False]
     assert rows[0].keys() <= rows[1].keys()
+
+
+def test_calibrated_solvers_go_their_way_and_the_default_the_other():
+    options = {"n": 4, "refine": 0, "reference_nfe": 160}
+    up, down = (ddim_ode.calibrate(FIELD, 5, direction=way, **options) for way in ("encode", "sample"))
+    other = ddim_ode.calibrate(FIELD, 5, seed=1, **options)
+    found = study([up, down, down, other, "ddim"], [4, 5], along=5)
+    rows = {(row["solver"], row["nfe"]): row for row in found.record["rows"]}
+    assert {name for name, _ in rows} == {"calibrated-encode5", "calibrated5", "calibrated5 (2)", "ddim"}
+    for name in ("calibrated-encode5", "calibrated5", "calibrated5 (2)"):
+        assert {value for key, value in rows[name, 4].items() if key not in ("solver", "nfe")} == {None}
+        assert rows[name, 4].keys() == rows["ddim", 5].keys()
+    ways = {name: (rows[name, 5]["encoder"], rows[name, 5]["decoder"]) for name, _ in rows}
+    assert ways == {
+        "calibrated-encode5": ("calibrated-encode5", "flowdown5"), "calibrated5": ("alf-flow", "calibrated5"),
+        "calibrated5 (2)": ("alf-flow", "calibrated5"), "ddim": ("ddim", "ddim"),
+    }  # fmt: skip
+    # What the default encoder's second state knows is not for another decoder.
+    row = rows["calibrated5", 5]
+    assert (row["states"], row["growth"], row["encode_calls"], row["decode_calls"]) == (1, None, 5, 5)
+    back = ddim_ode.sample(FIELD, ddim_ode.encode(FIELD, IMAGES, nfe=5, data_range=None).x, solver=down).x
+    assert row["round_trip_mse"] == row["alone_mse"] == pytest.approx(float(mse(IMAGES, back).mean()))
+    row, latent = rows["calibrated-encode5", 5], ddim_ode.encode(FIELD, IMAGES, solver=up, data_range=None).x
+    assert row["latent_rms"] == pytest.approx(float(rms(latent, LATENT).square().mean().sqrt()))
+    back = ddim_ode.sample(FIELD, latent, nfe=5).x
+    assert row["round_trip_mse"] == pytest.approx(float(mse(IMAGES, back).mean()))
+    assert [row["solver"] for row in found.record["along"]["rows"]] == [*ways]
+
+
+def test_a_solver_of_another_model_is_refused_before_any_call():
+    down = ddim_ode.calibrate(FIELD, 3, n=4, refine=0, reference_nfe=160)
+    other = EpsilonField(lambda x, t: x, LINEAR, shape=EXACT.shape)
+    with pytest.raises(ValueError, match="calibrated for another model"):
+        reconstruct(other, IMAGES, [down], [3], data_range=None)
+    assert other.nfe == 0
