@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 import ddim_ode
 from ddim_ode import data, datasets, plotting
+from ddim_ode.calibration import calibrate, check_calibration
 from ddim_ode.checking import check
 from ddim_ode.codes import Code, is_code, load_code
-from ddim_ode.comparison import circumstances, compare, reference, refuse_unbudgeted
+from ddim_ode.comparison import by_name, check_budgets, circumstances, compare, reference, refuse_unbudgeted
 from ddim_ode.diffusion.generative import Generative
 from ddim_ode.field import EpsilonField
 from ddim_ode.files import output_folder, to_json, write_json
@@ -43,11 +44,13 @@ from ddim_ode.models.checkpoints import bundled, load, save_model
 from ddim_ode.models.pipelines import ModelWarning
 from ddim_ode.models.unet import GaussianResidual
 from ddim_ode.noise import noise
+from ddim_ode.quality import EfficientNetLite0
 from ddim_ode.reconstruction import reconstruct
 from ddim_ode.sampling import (
     DEFAULTS,
     GRID,
     LatentWarning,
+    both_ways,
     check_code,
     decode,
     encode,
@@ -58,6 +61,7 @@ from ddim_ode.sampling import (
 from ddim_ode.schedule import NoiseSchedule, whole
 from ddim_ode.solution import Solution, Status
 from ddim_ode.solvers import Adaptive, Scipy, Solver, TorchDiffEq, get, solvers
+from ddim_ode.solvers.calibrated import Calibrated, load_solver
 from ddim_ode.training import TrainingOptions, begin, train
 
 __all__ = ["main"]
@@ -97,16 +101,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # -- commands -----------------------------------------------------------------------------------
 def _compare(o: argparse.Namespace) -> int:
     field, dtype = _field(o), _DTYPES[o.dtype]
-    # A name or a budget given twice is measured once.
-    names = list(dict.fromkeys(get(name).name if name != "default" else name for name in _split(o.solvers)))
-    refuse_unbudgeted(names, "--solvers")
+    # A solver or a budget given twice is measured once.
+    given = {name: name if name == "default" else _solver(o, name) for name in _split(o.solvers)}
+    methods = by_name(list(given.values()))
+    names = list(methods)
+    refuse_unbudgeted(methods, "--solvers")
+    _refuse_force(o, methods.values())
     budgets = list(dict.fromkeys(_whole(x, "--nfe") for x in _split(o.nfe)))
     _whole(o.reference_nfe, "--reference-nfe", get("ab4-rk").nfe(1))  # for the reference itself would call it nfe
     if not names or not budgets:
         raise ValueError("compare needs at least one name in --solvers and one budget in --nfe")
     images = _images(o, field, _whole(o.n_images, "--n-images"))
     latent = noise(_shape(field), o.n, o.seed).to(field.device or "cpu")
-    _check_budgets(o.grid, field, names, budgets)
+    check_budgets(field, methods, budgets, o.grid, "--nfe")
     out = _folder(o, o.out)
     with tqdm(total=1 + len(names) * len(budgets), desc="compare", disable=None, leave=False) as bar:
 
@@ -116,8 +123,9 @@ def _compare(o: argparse.Namespace) -> int:
 
         advance("reference")
         exact = reference(field, latent, nfe=o.reference_nfe)
-        found = compare(field, latent, images, names, budgets, grid=o.grid, dtype=dtype, exact=exact, advance=advance)
-    record = {"command": "compare", "model": o.model, "seed": o.seed} | found.record
+        every = list(given.values())
+        found = compare(field, latent, images, every, budgets, grid=o.grid, dtype=dtype, exact=exact, advance=advance)
+    record = {"command": "compare", "model": o.model, "seed": o.seed} | found.record | _calibrated(given, methods)
     write_json(out / "results.json", record)
     plotting.save_figure(plotting.error_figure(record), out / "error.png")
     plotting.save_figure(plotting.round_trip_figure(record), out / "round_trip.png")
@@ -130,22 +138,6 @@ def _compare(o: argparse.Namespace) -> int:
         _print_comparison(record)
         print(f"\nwritten to {out}: {', '.join(written)}")
     return 1 if any(row["failed"] for row in record["rows"]) else 0
-
-
-def _check_budgets(grid: str | None, field: EpsilonField, names: list[str], budgets: list[int]) -> None:
-    """Refuse a run that could not be made, before any work; a budget that does not pay for one step is only a gap."""
-    if grid is not None:
-        Grid.make(grid, field.schedule, 2)  # even if no run is on it
-    for name in names:
-        solver, on = (None, None) if name == "default" else (name, grid)
-        for nfe in budgets:
-            if solver is not None and get(solver).nfe(1) > nfe:
-                continue
-            try:
-                for direction in DEFAULTS:
-                    plan(field, direction, solver, on, None, nfe)
-            except ValueError as error:
-                raise ValueError(f"--nfe {nfe} with {name}: {error}") from error
 
 
 def _sheets(
@@ -191,14 +183,129 @@ def _print_comparison(record: dict[str, Any]) -> None:
         print()
 
 
+def _calibrate(o: argparse.Namespace) -> int:
+    field = _field(o)
+    budgets = list(dict.fromkeys(_whole(x, "--nfe", 2) for x in _split(o.nfe)))
+    if not budgets:
+        raise ValueError("calibrate needs at least one budget in --nfe")
+    count = _whole(48 if o.n is None else o.n, "--n", 4)
+    options: dict[str, Any] = {"direction": o.direction, "refine": o.refine, "batch_size": o.batch_size}
+    options |= {"reference_nfe": o.reference_nfe, "seed": o.seed}
+    if o.latent is not None:
+        options |= {"latents": _latent(o, field), "n": o.n}
+    if o.images is not None:
+        options["images"] = _images(o, field, count)
+    if o.latent is None and o.images is None:
+        options["n"] = count
+    options["network"] = _features(o, field)
+    for nfe in budgets:
+        try:
+            check_calibration(field, nfe, **options)
+        except ValueError as error:
+            raise ValueError(f"--nfe {nfe}: {error}") from error
+    # Solvers of both ways have room in one folder.
+    way = "-encode" if o.direction == "encode" else ""
+    results, drawn = f"results{way}.json", f"calibration{way}.png"
+    out = _folder(o, o.out)
+    rows: list[dict[str, Any]] = []
+    record = {"command": "calibrate", "model": o.model, "direction": o.direction, "latent": o.latent, "data": o.images}
+    record |= {"refine": o.refine, "consistent": o.consistent, "rows": rows} | circumstances(field, torch.float64)
+    with tqdm(total=len(budgets), desc="calibrate", unit="solver", disable=None, leave=False) as bar:
+        for nfe in budgets:
+            advance = lambda what, nfe=nfe: bar.set_postfix_str(f"{nfe} calls: {what}")
+            try:
+                made = calibrate(field, nfe, consistent=o.consistent, advance=advance, **options)
+            except ValueError as error:  # of this budget: the others stand, and are written
+                rows.append({"nfe": nfe, "error": str(error)})
+            else:
+                made.save(out / f"calibrated{way}-{nfe}.json")
+                rows.append(
+                    {"nfe": nfe, "error": None, "file": f"calibrated{way}-{nfe}.json", "sha256": made.sha256}
+                    | made.record
+                )
+                write_json(out / results, record)
+            bar.update()
+    done = [row for row in rows if row["error"] is None]
+    if not done:
+        raise ValueError(f"--nfe {rows[0]['nfe']}: {rows[0]['error']}")
+    write_json(out / results, record)
+    plotting.save_figure(plotting.calibration_figure(record), out / drawn)
+    if o.json:
+        print(to_json(record))
+    else:
+        _print_calibration(done)
+        print(f"\nwritten to {out}: {', '.join((*(row['file'] for row in done), results, drawn))}")
+    for row in rows:
+        if row["error"] is not None:
+            print(f"ddim-ode: --nfe {row['nfe']}: {row['error']}", file=sys.stderr)
+        elif row["trajectories"]["dropped"]:
+            lost = row["trajectories"]["dropped"]
+            print(f"ddim-ode: --nfe {row['nfe']}: non-finite in {lost} reference trajectories", file=sys.stderr)
+    return int(any(row["error"] is not None or row["trajectories"]["dropped"] for row in rows))
+
+
+def _features(o: argparse.Namespace, field: EpsilonField) -> EfficientNetLite0 | None:
+    """What sees features of samples, if it is here and they are pictures; of latents there are none to see."""
+    if o.direction == "encode":
+        return None
+    shape = _picture_shape(field)
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        why = f"samples of shape {shape} are no pictures"
+    else:
+        try:
+            return EfficientNetLite0()
+        except ImportError as error:
+            why = str(error)
+    print(f"ddim-ode: note: distances of features are left out: {why}", file=sys.stderr)
+    return None
+
+
+def _print_calibration(rows: list[dict[str, Any]]) -> None:
+    halves = rows[0]["trajectories"]
+    print(
+        f"{rows[0]['direction']}: RMS errors on {halves['fitted']} trajectories that were fitted to and {halves['held_back']} "
+        "that were held back; calls are of one sample each\n"
+    )
+    print(f"{'':<30}{'default':^20}{'kept':^29}{'reference':^20}")
+    heads = ("fitted", "held back", "fitted", "held back", "gap", "calls", "differs", "all calls", "seconds")
+    widths = (9, 11, 9, 11, 9, 10, 10, 12, 9)
+    line = lambda cells: "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+    print(f"{'nfe':>5}  {'kept':<23}" + line(heads))
+    for row in rows:
+        default, kept = (_stage(row, name) for name in ("default", row["kept"]))
+        exact = row["reference"]
+        errors = [format(stage[half], ".1e") for stage in (default, kept) for half in ("fitted", "held_back")]
+        cells = (*errors, f"{row['gap']:.2f}", exact["calls"], f"{exact['rms_difference']:.0e}", row["calls"])
+        print(f"{row['nfe']:>5}  {row['kept']:<23}" + line((*cells, f"{row['seconds']:.1f}")))
+    print()
+    for row in rows:
+        at = f"at {row['nfe']} calls"
+        default, kept = (_stage(row, name)["held_back"] for name in ("default", row["kept"]))
+        if row["kept"] == "default":
+            print(f"{at} the default was kept: nothing was better, beyond chance, on what was held back")
+        else:
+            print(f"{at} {kept / default:.2g} of the default's error on what was held back, by {row['base']} fitted")
+        if "features" in row:
+            seen = row["features"]
+            print(
+                f"    features are {seen['default']:.3g} from the reference's by the default, {seen['kept']:.3g} by it"
+            )
+    if "features" in rows[0]:
+        print(f"features: RMS distances of those of {rows[0]['features']['network']}")
+
+
+def _stage(row: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(stage for stage in row["stages"] if stage["stage"] == name)
+
+
 def _sample(o: argparse.Namespace) -> int:
     field = _field(o)
     if o.latent is None:
         latent = noise(_shape(field), 16 if o.n is None else o.n, o.seed).to(field.device or "cpu")
     else:
         latent = _latent(o, field)
-    chosen = _generative(o)
-    options = _run_options(o, field, "sample", solver=chosen)
+    chosen, named = _generative(o), _named(o)
+    options = _run_options(o, field, "sample", chosen or named)
     _check_out(o, _picture_shape(field), len(latent))
     run = sample(field, latent, n=o.n, seed=o.seed, **options)
     if o.latent is not None and (chosen is None or not chosen.stochastic):
@@ -216,10 +323,13 @@ def _decode(o: argparse.Namespace) -> int:
         # Refused here, before a folder is made, if it cannot be decoded so.
         check_code(field, code, force=o.force, **options)
         count = len(code.latent)
-    elif o.force:
-        raise ValueError(f"--force is for codes, and {o.latent} is none: leave it out")
     else:
-        latent, options = _latent(o, field), _run_options(o, field, "sample")
+        named = _toleranced(o)
+        if o.force and not isinstance(named, Calibrated):
+            raise ValueError(
+                f"--force is for codes and calibrated solvers, and neither {o.latent} nor --solver is one: leave it out"
+            )
+        latent, options = _latent(o, field), _run_options(o, field, "sample", named)
         count = len(latent)
     _check_out(o, _picture_shape(field), count)
     run = decode(field, code, force=o.force, progress=True, **options) if coded else decode(field, latent, **options)
@@ -237,7 +347,7 @@ def _code_options(o: argparse.Namespace) -> dict[str, Any]:
 
 def _encode(o: argparse.Namespace) -> int:
     field = _field(o)
-    images, options = _images(o, field, None), _run_options(o, field, "encode")
+    images, options = _images(o, field, None), _run_options(o, field, "encode", _named(o))
     _check_out(o, None)
     run = encode(field, images, **options)
     if Path(o.out).suffix == ".npy":
@@ -249,15 +359,16 @@ def _encode(o: argparse.Namespace) -> int:
 
 def _reconstruct(o: argparse.Namespace) -> int:
     field = _field(o)
-    names = list(dict.fromkeys(get(name).name if name != "default" else name for name in _split(o.solvers)))
+    given = {name: name if name == "default" else _toleranced(o, name) for name in _split(o.solvers)}
+    methods = by_name(list(given.values()))
     budgets = list(dict.fromkeys(_whole(x, "--nfe") for x in _split(o.nfe)))
-    if not names or not budgets:
+    if not given or not budgets:
         raise ValueError("reconstruct needs at least one name in --solvers and one budget in --nfe")
     if o.batch_size is not None:
         _whole(o.batch_size, "--batch-size")
-    methods = [name if name == "default" else _toleranced(o, name) for name in names]
     _whole(o.n_images, "--n-images")
-    if not any(isinstance(method, _TOLERANT) for method in methods):
+    _refuse_force(o, methods.values())
+    if not any(isinstance(method, _TOLERANT) for method in methods.values()):
         for option in ("rtol", "atol"):
             if getattr(o, option) is not None:
                 raise ValueError(f"--{option} is for solvers that choose their own steps, and --solvers names none")
@@ -266,16 +377,23 @@ def _reconstruct(o: argparse.Namespace) -> int:
         Grid.make(o.grid, field.schedule, 2)
     out = _folder(o, o.out)
     along = min(budgets, key=lambda nfe: abs(math.log(nfe / 20.0)))
-    with tqdm(total=2 + len(names) * len(budgets), desc="reconstruct", disable=None, leave=False) as bar:
+    with tqdm(total=2 + len(methods) * len(budgets), desc="reconstruct", disable=None, leave=False) as bar:
 
         def advance(what: str) -> None:
             bar.set_postfix_str(what)
             bar.update()
 
         found = reconstruct(
-            field, images, methods, budgets, grid=o.grid, along=along, batch_size=o.batch_size, advance=advance
+            field,
+            images,
+            list(given.values()),
+            budgets,
+            grid=o.grid,
+            along=along,
+            batch_size=o.batch_size,
+            advance=advance,
         )
-    record = {"command": "reconstruct", "model": o.model, "data": o.images} | found.record
+    record = {"command": "reconstruct", "model": o.model, "data": o.images} | found.record | _calibrated(given, methods)
     if field.codec is not None:
         # What the codec loses by itself is told apart: the methods are judged by what they add.
         record["codec_mse"] = mse(_originals(o, field, len(images)), _pictures(field, images)).tolist()
@@ -361,23 +479,23 @@ def _interpolate(o: argparse.Namespace) -> int:
     field = _field(o)
     runs: dict[str, Solution] = {}
     if o.images is None:
-        options = _run_options(o, field, "sample")
+        options = _run_options(o, field, "sample", _named(o))
         _check_out(o, _picture_shape(field), pairs * points, moving=True)
         ends = noise(_shape(field), 2 * pairs, o.seed).to(field.device or "cpu")
     else:
         images, o.seed = _images(o, field, None), None  # nothing is drawn
         if len(images) < 2 * pairs:
             raise ValueError(f"--pairs {pairs} needs {2 * pairs} images, but {o.images} holds {len(images)}")
-        options = _run_options(o, field, "encode", "sample")
+        there, options = _both_options(o, field)
         _check_out(o, _picture_shape(field), pairs * points, moving=True)
-        runs["encode"] = encode(field, images[: 2 * pairs], **options)
+        runs["encode"] = encode(field, images[: 2 * pairs], **there)
         ends = runs["encode"].x
     run = interpolate(field, ends[0::2], ends[1::2], points, **options)
     pictures = _pictures(field, run.x)
     if Path(o.out).suffix in data.ANIMATIONS and not Path(o.out).is_dir():
-        there = pictures.unflatten(0, (pairs, points)).transpose(0, 1)
+        frames = pictures.unflatten(0, (pairs, points)).transpose(0, 1)
         # There and back, without showing the ends twice
-        data.write_animation(o.out, torch.cat([there, there[1:-1].flip(0)]), columns=pairs)
+        data.write_animation(o.out, torch.cat([frames, frames[1:-1].flip(0)]), columns=pairs)
     else:
         data.write_images(o.out, pictures, columns=points)
     return _report(o, field, runs | {"interpolate": run})
@@ -548,7 +666,7 @@ def _attribute(o: argparse.Namespace) -> int:
     if o.source == o.target:
         raise ValueError(f"--from and --to are both {o.source}: name two classes")
     field = _field(o)
-    options = _run_options(o, field, "encode", "sample")
+    up, down = _both_options(o, field)
     images, labels = datasets.labelled(o.images, "test", _range(o.data_range))
     _check_images(o, field, images)
     if len(_picture_shape(field)) != 3 or _picture_shape(field)[0] not in (1, 3):
@@ -565,7 +683,7 @@ def _attribute(o: argparse.Namespace) -> int:
     which = np.concatenate([members["from"][:n], members["to"][:n], members["from"][n : n + moved]])
     out = _folder(o, o.out)
     pictures = data.as_tensor(images[which]).to(field.device or "cpu")
-    there = encode(field, pictures if field.codec is None else field.codec.encode(pictures), **options)
+    there = encode(field, pictures if field.codec is None else field.codec.encode(pictures), **up)
     latent = _encoded(there)
     with warnings.catch_warnings():
         # Samples that failed are named in the end, and a coarse encoder's latents may look odd.
@@ -575,7 +693,7 @@ def _attribute(o: argparse.Namespace) -> int:
         if not whole:
             raise ValueError(f"none of the {moved} images to move could be encoded by this model")
         starts = latent[whole]
-        back = decode(field, torch.cat([move_latent(starts, direction, s) for s in strengths]), **options)
+        back = decode(field, torch.cat([move_latent(starts, direction, s) for s in strengths]), **down)
     made = _pictures(field, back.x)
     runs = {"encode": there, "decode": back}
     found = {
@@ -617,7 +735,7 @@ def _latents(o: argparse.Namespace) -> int:
         record: dict[str, Any] = {"command": o.command, "latent": o.latent} | circumstances()
     else:
         field = _field(o)
-        images, options = _images(o, field, None), _run_options(o, field, "encode")
+        images, options = _images(o, field, None), _run_options(o, field, "encode", _named(o))
         out = _folder(o, o.out)
         runs["encode"] = encode(field, images, **options)
         latent, record = _encoded(runs["encode"]), _record(o, field, runs)
@@ -646,7 +764,12 @@ def _likelihood(o: argparse.Namespace) -> int:
         x = torch.from_numpy(np.ascontiguousarray(images)).to(field.device or "cpu")
     else:  # densities alone: of floats, or of latents
         x = _images(o, field, count)
-    options = _run_options(o, field, "encode") | {"sigma": o.sigma, "probes": probes, "trace": o.trace, "seed": o.seed}
+    options = _run_options(o, field, "encode", _named(o)) | {
+        "sigma": o.sigma,
+        "probes": probes,
+        "trace": o.trace,
+        "seed": o.seed,
+    }
     path = Path(o.out)
     if o.out.endswith(("/", os.sep)) or path.is_dir() or path.suffix != ".json":
         raise ValueError(f"--out {o.out}: likelihoods are written as .json")
@@ -755,22 +878,15 @@ def _generative(o: argparse.Namespace) -> Generative | None:
     return Generative(1.0 if o.eta is None else o.eta, o.sigma_hat)
 
 
-def _run_options(
-    o: argparse.Namespace, field: EpsilonField, *directions: str, solver: Solver | None = None
-) -> dict[str, Any]:
-    """What a run is asked to be; refused here, before a folder is made for it, if it cannot be.
-
-    `solver` stands in for ``--solver``.
-    """
+def _run_options(o: argparse.Namespace, field: EpsilonField, direction: str, solver: Solver | None) -> dict[str, Any]:
+    """What a run by `solver` is asked to be; refused here, before a folder is made for it, if it cannot be."""
     if o.batch_size is not None:
         _whole(o.batch_size, "--batch-size")
-    solver = solver or _toleranced(o)
     if solver is not None and solver.adaptive and o.grid is not None:
         raise ValueError(
             f"--grid {o.grid} lays out steps, but {solver.name} chooses its own by its tolerances: leave one of them out"
         )
-    for direction in directions:
-        plan(field, direction, solver, o.grid, o.steps, o.nfe)
+    plan(field, direction, solver, o.grid, o.steps, o.nfe)[0].check_field(field)
     return {
         "steps": o.steps,
         "nfe": o.nfe,
@@ -782,13 +898,20 @@ def _run_options(
     }
 
 
+def _both_options(o: argparse.Namespace, field: EpsilonField) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those of encoding and of decoding: what is calibrated for one way has the default go the other."""
+    there, back = both_ways(field, _named(o))
+    return _run_options(o, field, "encode", there), _run_options(o, field, "sample", back)
+
+
 #: Solvers that have tolerances of their own.
 _TOLERANT = (Adaptive, TorchDiffEq, Scipy)
 
 
 def _toleranced(o: argparse.Namespace, name: str | None = None) -> Any:
     """The solver `name`, one of several, or that of ``--solver``, at the tolerances that were given."""
-    solver = None if (name or o.solver) is None else get(name or o.solver)
+    named = name or o.solver
+    solver = None if named is None else _solver(o, named)
     tolerances = {option: getattr(o, option) for option in ("rtol", "atol") if getattr(o, option) is not None}
     if not tolerances or (name is not None and not isinstance(solver, _TOLERANT)):
         return solver
@@ -798,6 +921,34 @@ def _toleranced(o: argparse.Namespace, name: str | None = None) -> Any:
             f"--{next(iter(tolerances))} is for solvers that choose their own steps, named by --solver: {named}"
         )
     return replace(solver, **tolerances)
+
+
+def _solver(o: argparse.Namespace, name: str) -> Solver:
+    """A solver by its name, or a calibrated one by its file."""
+    return load_solver(name, force=o.force) if name.endswith(".json") else get(name)
+
+
+def _named(o: argparse.Namespace) -> Solver | None:
+    """The solver of a run."""
+    solver = _toleranced(o)
+    _refuse_force(o, [solver])
+    return solver
+
+
+def _refuse_force(o: argparse.Namespace, methods: Iterable[Solver | None]) -> None:
+    if o.force and not any(isinstance(method, Calibrated) for method in methods):
+        raise ValueError("--force is for calibrated solvers of another model, and none is named: leave it out")
+
+
+def _calibrated(given: dict[str, Any], methods: dict[str, Solver | None]) -> dict[str, Any]:
+    """The files of calibrated solvers, by what rows call them: their names say no more than direction and calls."""
+    files = {
+        row: {"file": name, "sha256": solver.sha256}
+        for row, method in methods.items()
+        for name, solver in given.items()
+        if isinstance(solver, Calibrated) and solver == method
+    }
+    return {"calibrated": files} if files else {}
 
 
 def _images(o: argparse.Namespace, field: EpsilonField, count: int | None) -> Tensor:
@@ -906,6 +1057,8 @@ def _record(o: argparse.Namespace, field: EpsilonField, runs: dict[str, Solution
         record[what] = {"solver": run.solver, "grid": run.grid.name, "steps": run.grid.steps, "nfe": run.nfe}
         if isinstance(run.method, Generative):
             record[what] |= {"eta": run.method.eta, "sigma_hat": run.method.sigma_hat}
+        if isinstance(run.method, Calibrated):
+            record[what] |= {"file": o.solver, "sha256": run.method.sha256}
         if run.outcome is not None:
             record[what] |= {name: getattr(run.outcome, name) for name in ("accepted", "rejected")}
             record[what] |= {"sample_nfe": run.outcome.nfe}
@@ -1010,12 +1163,19 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument(*(names or ("--images",)), help=text, **options)
         p.add_argument("--data-range", metavar="LOW,HIGH", help="what floats among them span, if not -1,1")
 
-    def method(p: argparse.ArgumentParser, out: str) -> None:
+    def force(p: argparse.ArgumentParser, also: str = "") -> None:
+        p.add_argument(
+            "--force", action="store_true", help=f"run a calibrated solver with another model than its own{also}"
+        )
+
+    def method(p: argparse.ArgumentParser, out: str, forced: str = "") -> None:
         model(p)
         p.add_argument(
             "--solver",
-            help=f"see 'ddim-ode solvers' (default: {DEFAULTS['sample'].solver}; encoding {DEFAULTS['encode'].solver})",
+            help="see 'ddim-ode solvers', or a calibrated solver's .json "
+            f"(default: {DEFAULTS['sample'].solver}; encoding {DEFAULTS['encode'].solver})",
         )
+        force(p, forced)
         p.add_argument(
             "--grid",
             help=f"one of {', '.join(grids())} ({DEFAULTS['sample'].grid}, encoding {DEFAULTS['encode'].grid}; with a solver {GRID})",
@@ -1035,8 +1195,11 @@ def _parser() -> argparse.ArgumentParser:
     p = command("compare", _compare, "Compare solvers: error against calls, round trips, pictures.")
     model(p)
     p.add_argument(
-        "--solvers", default="default,ddim,pf-euler,heun,ab2,ab3,deis3,dpmpp2m", help="names, comma-separated"
+        "--solvers",
+        default="default,ddim,pf-euler,heun,ab2,ab3,deis3,dpmpp2m",
+        help="names, or .json of calibrated solvers, comma-separated",
     )
+    force(p)
     p.add_argument("--nfe", default="5,10,20,50", help="budgets of model calls, comma-separated")
     p.add_argument("--grid", help=f"one of {', '.join(grids())} (default: {GRID}; that of default is its own)")
     p.add_argument("--n", type=int, default=16, help="samples")
@@ -1045,6 +1208,26 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--n-images", type=int, default=8, help="how many of them")
     p.add_argument("--reference-nfe", type=int, default=400, help="calls for each of the two reference solutions")
     p.add_argument("--out", default="out/compare", help="folder (default: out/compare)")
+
+    p = command("calibrate", _calibrate, "Fit solvers to a model, one a budget of calls.")
+    model(p, dtype=False)
+    p.add_argument("--nfe", default="5,10,20", help="model calls of each solver, comma-separated (default: 5,10,20)")
+    p.add_argument("--direction", choices=DEFAULTS, default="sample", help="which way they go (default: sample)")
+    p.add_argument("--n", type=int, help="trajectories, of which a third is held back (default: 48)")
+    seed(p)
+    p.add_argument("--latent", help="latents (.npz or .npy) instead of drawn ones")
+    images(p, help="for encoding, images: {} (default: what the model makes of the latents)")
+    p.add_argument(
+        "--refine", type=int, default=6, help="steps of the last stage, at most; its calls grow as nfe² (default: 6)"
+    )
+    p.add_argument(
+        "--consistent", action="store_true", help="keep what is exact for constant ε: colours stay, accuracy is less"
+    )
+    p.add_argument(
+        "--reference-nfe", type=int, default=400, help="calls of the reference; half as many check it (default: 400)"
+    )
+    p.add_argument("--batch-size", type=int, default=64, help="trajectories at once (default: 64)")
+    p.add_argument("--out", default="out/calibrated", help="folder (default: out/calibrated)")
 
     p = command("sample", _sample, "Draw samples.")
     method(p, "out/samples.png")
@@ -1059,10 +1242,9 @@ def _parser() -> argparse.ArgumentParser:
     images(p, help="{} (default: bundled ones)")
 
     p = command("decode", _decode, "Decode latents to images.")
-    method(p, "out/decoded.png")
+    method(p, "out/decoded.png", "; decode a code by another model, solver or grid than made it")
     p.set_defaults(dtype=None)
     p.add_argument("--latent", required=True, help="what encode has written, or latents (.npz or .npy)")
-    p.add_argument("--force", action="store_true", help="decode a code by another model, solver or grid than made it")
 
     p = command(
         "reconstruct", _reconstruct, "Encode images, decode them again, and measure what was lost, by many methods."
@@ -1073,8 +1255,9 @@ def _parser() -> argparse.ArgumentParser:
         "--solvers",
         "--solver",
         default="default,ddim,dpmpp2m,ees25,o-belm,bdia,mf-midpoint,alf",
-        help="names, comma-separated; see 'ddim-ode solvers'",
+        help="names, or .json of calibrated solvers, comma-separated; see 'ddim-ode solvers'",
     )
+    force(p)
     p.add_argument(
         "--nfe",
         default="10,20,50",

@@ -21,6 +21,7 @@ from ddim_ode.files import replacing
 __all__ = [
     "STYLE",
     "along_figure",
+    "calibration_figure",
     "distribution_figure",
     "error_figure",
     "gaussianity_figure",
@@ -146,6 +147,50 @@ def distribution_figure(record: dict[str, Any], nfe: int) -> Figure:
             panel.set(xscale="log", title=_ERRORS[key])
         panels[0].invert_yaxis()
         figure.suptitle(f"{record['images']} images, {nfe} calls each way", fontsize=10)
+    return figure
+
+
+def calibration_figure(record: dict[str, Any]) -> Figure:
+    """Errors of a calibration by stage, on what was fitted to and on what was held back: a panel a budget."""
+    rows = [row for row in record["rows"] if row["error"] is None]
+    across = min(len(rows), 4)
+    down = math.ceil(len(rows) / across)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(4.6, 0.9 + 2.7 * across), 0.9 + 3.1 * down), layout="constrained")
+        panels = np.asarray(figure.subplots(down, across, sharey=True, squeeze=False)).ravel()
+        for panel, row in zip(panels, rows, strict=False):
+            names = [stage["stage"] for stage in row["stages"]]
+            places = np.arange(len(names))
+            for half, label, style in (
+                ("held_back", "held back", {"color": "black", "marker": "o", "linewidth": 2.2}),
+                ("fitted", "fitted to", {"color": "tab:blue", "marker": "s", "linestyle": "--"}),
+            ):
+                # What diverged has no number.
+                values = [np.nan if stage[half] is None else stage[half] for stage in row["stages"]]
+                panel.plot(places, values, label=label, **style)
+            kept = names.index(row["kept"])
+            panel.plot(
+                [kept], [row["stages"][kept]["held_back"]], "o", markersize=12, fillstyle="none", color="tab:red",
+                markeredgewidth=1.6, label="kept",
+            )  # fmt: skip
+            if row["reference"]["rms_difference"]:
+                panel.axhline(
+                    row["reference"]["rms_difference"], color="0.5", linestyle=":",
+                    label="the reference's two resolutions differ",
+                )  # fmt: skip
+            panel.set_xticks(places, [name.replace(" and ", "\nand ") for name in names], rotation=35, ha="right")
+            panel.set(yscale="log", title=f"{row['nfe']} calls", xlim=(-0.4, len(names) - 0.6))
+        for panel in panels[len(rows) :]:
+            panel.remove()
+        for panel in panels[::across]:
+            panel.set_ylabel("RMS error")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4 if across > 2 else 2)
+        halves = rows[0]["trajectories"]
+        what = "images" if record["direction"] == "sample" else "latents"
+        figure.suptitle(
+            f"Calibration: error of {what} on {halves['fitted']} trajectories fitted to, {halves['held_back']} held back",
+            fontsize=10,
+        )
     return figure
 
 

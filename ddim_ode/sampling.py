@@ -445,15 +445,15 @@ def round_trip(
                 "nfe": None,
                 "second": there.second,
             }
-        back = sample(field, there.x, **options)
-    error = mse(images.detach(), back.x, data_range or (-1.0, 1.0))
+        down = sample(field, there.x, **options)
+    error = mse(images.detach(), down.x, data_range or (-1.0, 1.0))
     # What an iteration left unsolved is a result like others.
     fine = (Status.SUCCESS, Status.UNCONVERGED)
-    pairs = zip(there.status, back.status, strict=True)
+    pairs = zip(there.status, down.status, strict=True)
     lost = [i for i, pair in enumerate(pairs) if any(status not in fine for status in pair)]
     if lost:
         error[lost] = math.nan
-    return RoundTrip(there, back, error)
+    return RoundTrip(there, down, error)
 
 
 def slerp(a: Tensor, b: Tensor, fraction: float) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ import torch
 from PIL import Image
 
 import ddim_ode
-from ddim_ode import NoiseSchedule, data
+from ddim_ode import NoiseSchedule, calibration, data
 from ddim_ode.cli import main
+from ddim_ode.models.analytic import GaussianEpsilon
 from ddim_ode.models.checkpoints import build, save_model
+from ddim_ode.plotting import calibration_figure, save_figure
 from tests.test_checkpoints import SMALL
 
 
@@ -603,3 +606,334 @@ def test_a_likelihood_that_is_refused_leaves_nothing(arguments, says, model, ima
     assert main([*common, *arguments]) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+# -- calibrated solvers -------------------------------------------------------------------------
+class Seen(torch.nn.Module):
+    """Stands in for a network of features: the pixels."""
+
+    name = "pixels"
+
+    def forward(self, x):
+        return x.flatten(1)
+
+
+@pytest.fixture
+def gaussians(monkeypatch):
+    """Models by the names "narrow" and "wide", whose ε is exact and cheap, and a cheap network of features."""
+    fields = {}
+    for name, widest in (("narrow", 0.2), ("wide", 1.5)):
+        exact = GaussianEpsilon(torch.full((1, 8, 8), 0.1), torch.linspace(0.01, widest, 64).reshape(1, 8, 8))
+        schedule = NoiseSchedule.linear() if name == "narrow" else NoiseSchedule.cosine()
+        fields[name] = ddim_ode.EpsilonField.from_sigma(exact, schedule, shape=(1, 8, 8))
+    monkeypatch.setattr("ddim_ode.cli.load", lambda name, **_: fields[name])
+    monkeypatch.setattr("ddim_ode.cli.EfficientNetLite0", lambda: Seen().eval())
+    return fields
+
+
+CALIBRATE = ["calibrate", "--model", "narrow", "--n", "6", "--refine", "1", "--reference-nfe", "160"]
+
+
+@pytest.fixture
+def calibrated(gaussians, tmp_path, capsys):
+    """Files of solvers: of three calls each way, and of five down."""
+    out = tmp_path / "calibrated"
+    assert main([*CALIBRATE, "--nfe", "3,5", "--out", str(out)]) == 0
+    assert main([*CALIBRATE, "--nfe", "3", "--direction", "encode", "--out", str(out)]) == 0
+    capsys.readouterr()
+    return {name: str(out / f"calibrated-{name}.json") for name in ("3", "5", "encode-3")}
+
+
+def test_calibrate_writes_everything(gaussians, tmp_path, capsys):
+    out = tmp_path / "new" / "folder"
+    assert main([*CALIBRATE, "--nfe", "3,5,3", "--seed", "2", "--out", str(out)]) == 0
+    names = {"calibrated-3.json", "calibrated-5.json", "results.json", "calibration.png"}
+    assert {path.name for path in out.iterdir()} == names
+    made = ddim_ode.calibrate(gaussians["narrow"], 5, n=6, refine=1, reference_nfe=160, seed=2)
+    assert ddim_ode.load_solver(out / "calibrated-5.json") == made
+    record = json.loads((out / "results.json").read_text("utf-8"))
+    assert {"command", "model", "direction", "refine", "consistent", "commit", "threads", "schedule"} <= record.keys()
+    rows = record["rows"]
+    assert [(row["nfe"], row["file"], row["seed"]) for row in rows] == [
+        (3, "calibrated-3.json", 2), (5, "calibrated-5.json", 2),
+    ]  # fmt: skip
+    assert rows[1]["stages"] == made.record["stages"]
+    assert rows[1]["sha256"] == ddim_ode.load_solver(out / "calibrated-5.json").sha256
+    assert rows[0]["features"]["network"] == "pixels"
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    kept = next(stage for stage in rows[0]["stages"] if stage["stage"] == rows[0]["kept"])
+    line = next(line.split() for line in printed.out.splitlines() if line.lstrip().startswith("3 "))
+    assert [f"{kept[half]:.1e}" for half in ("fitted", "held_back")] == line[-7:-5]
+    assert line[-4] == str(rows[0]["reference"]["calls"])
+    assert line[-2] == str(rows[0]["calls"])
+    assert "4 trajectories that were fitted to and 2 that were held back" in printed.out
+    assert "RMS distances of those of pixels" in printed.out
+    assert main([*CALIBRATE, "--nfe", "3", "--json", "--consistent", "--out", str(out)]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["consistent"]
+    # The figure is drawn from what the file says, were it that a stage diverged.
+    record["rows"][0]["stages"][1]["fitted"] = None
+    figure = calibration_figure(record | {"rows": [*record["rows"], *record["rows"], record["rows"][0]]})
+    assert [axes.get_title() for axes in figure.axes] == ["3 calls", "5 calls", "3 calls", "5 calls", "3 calls"]
+    save_figure(figure, tmp_path / "five.png")
+
+
+def test_calibrate_for_encoding(gaussians, tmp_path, capsys, latent):
+    field, out = gaussians["narrow"], tmp_path / "out"
+    pictures = ddim_ode.sample(field, n=5, nfe=40).x.clamp(-1.0, 1.0)
+    np.save(tmp_path / "x.npy", pictures.numpy())
+    np.save(tmp_path / "z.npy", ddim_ode.noise((1, 8, 8), 5, 7).numpy())
+    common = [*CALIBRATE[:3], *CALIBRATE[5:], "--direction", "encode", "--nfe", "4", "--out", str(out), "--json"]
+    for more, given in (
+        (["--images", str(tmp_path / "x.npy")], {"images": pictures}),
+        (["--images", str(tmp_path / "x.npy"), "--n", "4"], {"images": pictures[:4]}),
+        (["--latent", str(tmp_path / "z.npy")], {"latents": ddim_ode.noise((1, 8, 8), 5, 7)}),
+        (["--n", "5", "--seed", "7"], {"n": 5, "seed": 7}),
+    ):
+        assert main([*common, *more]) == 0
+        (row,) = json.loads(capsys.readouterr().out)["rows"]
+        assert row["file"] == "calibrated-encode-4.json"
+        assert row["seed"] == (7 if "--seed" in more else None)
+        made = ddim_ode.calibrate(field, 4, direction="encode", refine=1, reference_nfe=160, **given)
+        np.testing.assert_allclose(
+            ddim_ode.load_solver(out / row["file"]).numbers.sigmas, made.numbers.sigmas, rtol=1e-5
+        )
+    assert {path.name for path in out.iterdir()} == {
+        "calibrated-encode-4.json", "results-encode.json", "calibration-encode.png",
+    }  # fmt: skip
+
+
+def test_calibrate_says_when_the_default_was_kept_and_why_there_are_no_features(
+    gaussians, tmp_path, capsys, monkeypatch
+):
+    def missing():
+        raise ImportError("EfficientNet-Lite0 needs its packages")
+
+    monkeypatch.setattr(calibration._Judged, "beats", lambda self, other: False)
+    monkeypatch.setattr("ddim_ode.cli.EfficientNetLite0", missing)
+    assert main([*CALIBRATE, "--nfe", "3", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr()
+    assert "at 3 calls the default was kept: nothing was better, beyond chance, on what was held back" in printed.out
+    assert "note: distances of features are left out: EfficientNet-Lite0 needs its packages" in printed.err
+    flat = ddim_ode.EpsilonField.from_sigma(lambda x, s: s * x / (0.1 + s * s), NoiseSchedule.linear(), shape=(6,))
+    monkeypatch.setitem(gaussians, "narrow", flat)
+    assert main([*CALIBRATE, "--nfe", "3", "--out", str(tmp_path / "out"), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "samples of shape (6,) are no pictures" in printed.err
+    assert "features" not in json.loads(printed.out)["rows"][0]
+
+
+def test_a_budget_whose_reference_does_not_converge_loses_no_other(gaussians, tmp_path, capsys):
+    common = [*CALIBRATE, "--reference-nfe", "60", "--out", str(tmp_path / "out"), "--nfe"]
+    assert main([*common, "3,14,4"]) == 1
+    assert "--nfe 14: the reference does not converge: at 60 and 30 calls" in capsys.readouterr().err
+    record = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
+    assert [row["error"] is None for row in record["rows"]] == [True, False, True]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "calibrated-3.json", "calibrated-4.json", "results.json", "calibration.png",
+    }  # fmt: skip
+    common[-2] = str(tmp_path / "none")
+    assert main([*common, "14"]) == 2
+    assert "--nfe 14: the reference does not converge" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_calibrate_keeps_what_is_done_when_it_is_interrupted(gaussians, tmp_path, monkeypatch):
+    inner = ddim_ode.cli.calibrate
+
+    def once(field, nfe, **options):
+        if nfe == 4:
+            raise KeyboardInterrupt
+        return inner(field, nfe, **options)
+
+    monkeypatch.setattr("ddim_ode.cli.calibrate", once)
+    assert main([*CALIBRATE, "--nfe", "3,4", "--out", str(tmp_path / "out")]) == 130
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"calibrated-3.json", "results.json"}
+
+
+def test_calibrate_names_the_trajectories_that_failed(gaussians, tmp_path, capsys, monkeypatch):
+    exact = gaussians["narrow"].model
+
+    def eps(x_bar, sigma):
+        bad = (x_bar[:, :1, :1, :1] > 3.2) & (0.30 < sigma < 0.35)
+        return torch.where(bad, math.nan, exact(x_bar, sigma))
+
+    latent = ddim_ode.noise((1, 8, 8), 7, 0)
+    latent[1, 0, 0, 0] = 1e3
+    np.save(tmp_path / "z.npy", latent.numpy())
+    monkeypatch.setitem(
+        gaussians, "narrow", ddim_ode.EpsilonField.from_sigma(eps, NoiseSchedule.linear(), shape=(1, 8, 8))
+    )
+    arguments = [*CALIBRATE[:3], *CALIBRATE[5:], "--latent", str(tmp_path / "z.npy"), "--nfe", "3"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 1
+    assert "--nfe 3: non-finite in 1 reference trajectories" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--nfe", "5,1"], "--nfe takes whole numbers of at least 2, but got '1'"),
+        (["--nfe", ","], "at least one budget in --nfe"),
+        (["--nfe", "5,50"], "--nfe 50: reference_nfe must be a whole number of at least 200"),
+        (["--n", "3"], "--n takes whole numbers of at least 4"),
+        (["--refine", "-1"], "--nfe 5: refine, the steps of refinement,"),
+        (["--batch-size", "0"], "batch_size must be"),
+        (["--seed", "-1"], "seed must be"),
+        (["--latent", "LATENT"], "contradicts the 2 latents given"),
+        (["--latent", "IMAGES"], "is it an image"),
+        (["--images", "IMAGES"], 'leave them out, or say direction="encode"'),
+        (["--images", "IMAGES", "--latent", "LATENT", "--direction", "encode"], "give one of them"),
+        (["--images", "OUT/none", "--direction", "encode"], "no such file"),
+        (["--out", "FILE/out"], "cannot write to the output folder"),
+        (["--device", "meta"], "--device meta cannot be used here"),
+    ],
+)
+def test_calibrations_that_are_refused_leave_nothing(more, says, gaussians, latent, images, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    there = set(tmp_path.rglob("*"))
+    places = {"OUT": str(tmp_path / "out"), "IMAGES": images, "LATENT": latent, "FILE": str(tmp_path / "file")}
+    for short, place in places.items():
+        more = [text.replace(short, place) for text in more]
+    out = [] if "--out" in more else ["--out", str(tmp_path / "out")]
+    assert main([*CALIBRATE, "--nfe", "5", *more, *out]) == 2
+    assert says in capsys.readouterr().err
+    assert gaussians["narrow"].nfe == 0
+    assert set(tmp_path.rglob("*")) == there
+
+
+def test_a_calibrated_solver_is_named_by_its_file(calibrated, gaussians, tmp_path, capsys):
+    field = gaussians["narrow"]
+    down, up = ddim_ode.load_solver(calibrated["3"]), ddim_ode.load_solver(calibrated["encode-3"])
+    common = ["--model", "narrow", "--json", "--out"]
+
+    def run(command, out, *more):
+        assert main([command, *common, str(tmp_path / out), *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    record = run("sample", "s.npz", "--n", "3", "--solver", calibrated["3"])
+    assert record["sample"] == {
+        "solver": "calibrated3", "grid": "calibrated", "steps": 3, "nfe": 3, "file": calibrated["3"], "sha256": down.sha256,
+    }  # fmt: skip
+    drawn = ddim_ode.sample(field, n=3, solver=down).x
+    np.testing.assert_allclose(data.read_array(tmp_path / "s.npz"), drawn, atol=1e-6)
+    assert run("sample", "s.npz", "--n", "3", "--nfe", "3", "--solver", calibrated["3"])["nfe"] == 3
+    np.save(tmp_path / "x.npy", drawn.clamp(-1.0, 1.0).numpy())
+    pictures = ["--images", str(tmp_path / "x.npy")]
+    record = run("encode", "z.safetensors", *pictures, "--solver", calibrated["encode-3"])
+    assert record["encode"]["sha256"] == up.sha256
+    # Its code is decoded by nothing but force; its latents by whatever is named.
+    code = ["--latent", str(tmp_path / "z.safetensors")]
+    for more in ([], ["--solver", calibrated["3"]]):
+        assert main(["decode", *common, str(tmp_path / "new" / "d.npz"), *code, *more]) == 2
+        assert "calibrated-encode3, which only encodes: decode its latent alone" in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
+        found = run("decode", "d.npz", *code, *more, "--force")["decode"]["solver"]
+        assert found == ("calibrated3" if more else "flowdown5")
+    latent = ddim_ode.encode(field, data.as_tensor(np.load(tmp_path / "x.npy")), solver=up).x
+    np.testing.assert_allclose(
+        data.read_array(tmp_path / "d.npz"), ddim_ode.sample(field, latent, solver=down).x, atol=1e-5
+    )
+    assert run("sample", "d.npz", *code, "--solver", calibrated["3"])["sample"]["solver"] == "calibrated3"
+    # Where a command goes both ways the default goes the other.
+    paths = ["--pairs", "1", "--points", "3"]
+    for given, more, ways in (
+        ("3", pictures, ("alf-flow", "calibrated3")),
+        ("encode-3", pictures, ("calibrated-encode3", "flowdown5")),
+        ("3", [], (None, "calibrated3")),
+    ):
+        record = run("interpolate", "i.npz", *paths, *more, "--nfe", "3", "--solver", calibrated[given])
+        assert (record.get("encode", {}).get("solver"), record["interpolate"]["solver"]) == ways
+    assert main(["solvers"]) == 0
+
+
+def test_calibrated_solvers_are_compared(calibrated, gaussians, tmp_path, capsys):
+    drawn = ddim_ode.sample(gaussians["narrow"], n=4, nfe=40).x.clamp(-1.0, 1.0)
+    np.save(tmp_path / "x.npy", drawn.numpy())
+    elsewhere = tmp_path / "elsewhere"
+    assert main([*CALIBRATE, "--nfe", "3", "--seed", "5", "--out", str(elsewhere)]) == 0
+    capsys.readouterr()
+    other = str(elsewhere / "calibrated-3.json")
+    every = ",".join(["ddim", *calibrated.values(), other, calibrated["3"]])
+    common = ["--model", "narrow", "--images", str(tmp_path / "x.npy"), "--n-images", "2", "--solvers", every]
+    common += ["--nfe", "3,5", "--out", str(tmp_path / "out")]
+    names = ["ddim", "calibrated3", "calibrated5", "calibrated-encode3", "calibrated3 (2)"]
+    for command, measured in ((["compare", "--n", "2", "--reference-nfe", "60"], "calls"), (["reconstruct"], "steps")):
+        assert main([*command, *common]) == 0
+        capsys.readouterr()
+        assert main([*command, *common, "--json"]) == 0
+        record = json.loads(capsys.readouterr().out)
+        assert list(dict.fromkeys(row["solver"] for row in record["rows"])) == names
+        measured = {row["solver"]: [] for row in record["rows"]}
+        for row in record["rows"]:
+            measured[row["solver"]] += [row["nfe"]] if row["round_trip_mse"] is not None else []
+        assert measured == dict(zip(names, ([3, 5], [3], [5], [3], [3]), strict=True))
+        assert {row: about["file"] for row, about in record["calibrated"].items()} == {
+            "calibrated3": calibrated["3"], "calibrated5": calibrated["5"], "calibrated-encode3": calibrated["encode-3"],
+            "calibrated3 (2)": other,
+        }  # fmt: skip
+
+
+def test_solver_files_that_cannot_be_used_are_refused(calibrated, gaussians, tmp_path, capsys):
+    good = Path(calibrated["3"]).read_text("utf-8")
+    for name, text in (("cut", good[:-200]), ("changed", good.replace("0.", "1.", 1)), ("other", "{}")):
+        (tmp_path / f"{name}.json").write_text(text, "utf-8")
+    drawn = ddim_ode.sample(gaussians["narrow"], n=4, nfe=40).x.clamp(-1.0, 1.0)
+    np.save(tmp_path / "x.npy", drawn.numpy())
+    np.save(tmp_path / "z.npy", ddim_ode.noise((1, 8, 8), 2, 0).numpy())
+    pictures, latent = ["--images", str(tmp_path / "x.npy")], ["--latent", str(tmp_path / "z.npy")]
+    file = lambda name: ["--solver", str(tmp_path / f"{name}.json")]
+    by = lambda name: ["--solver", calibrated[name]]
+    lists = ["--solvers", f"default,{calibrated['3']}", "--nfe", "3"]
+    cases = [
+        (["sample", *file("none")], "no such file"),
+        (["sample", *file("cut")], "is no solver, or is cut short"),
+        (["encode", *pictures, *file("changed")], "is damaged"),
+        (["decode", *latent, *file("other")], "is no solver"),
+        (["compare", *pictures, "--solvers", f"ddim,{tmp_path / 'cut.json'}"], "is cut short"),
+        (["reconstruct", *pictures, "--solvers", str(tmp_path / "other.json")], "is no solver"),
+        (["sample", *by("encode-3")], "was made to encode, over its own grid, and cannot sample"),
+        (["decode", *latent, *by("encode-3")], "and cannot sample"),
+        (["encode", *pictures, *by("3")], "was made to sample, over its own grid, and cannot encode"),
+        (["latents", *pictures, *by("3")], "and cannot encode"),
+        (["likelihood", *pictures, *by("encode-3")], "begins at sigma = 0 and not where data have a density"),
+        (["sample", *by("3"), "--nfe", "4"], "nfe = 4 contradicts calibrated3, which has 3"),
+        (["interpolate", *pictures, "--pairs", "1", *by("3"), "--steps", "4"], "steps = 4 contradicts calibrated3"),
+        (["sample", *by("3"), "--grid", "flow"], "calibrated3 brings its own grid"),
+        (["sample", *by("3"), "--rtol", "1e-3"], "--rtol is for solvers that choose their own steps"),
+        (["sample", *by("3"), "--eta", "1"], "leave out --solver"),
+        (["sample", "--solver", "ddim", "--force"], "--force is for calibrated solvers of another model"),
+        (["sample", "--eta", "1", "--force"], "--force is for calibrated solvers of another model"),
+        (["compare", *pictures, "--solvers", "ddim", "--force"], "--force is for calibrated solvers"),
+        (["reconstruct", *pictures, "--solvers", "ddim", "--force"], "--force is for calibrated solvers"),
+        (["decode", *latent, "--force"], "--force is for codes and calibrated solvers, and neither"),
+        (["reconstruct", *pictures, "--solvers", calibrated["3"], "--nfe", "4"], "no budget of 4 calls"),
+        (["sample", "--model", "wide", *by("3")], "calibrated3 was calibrated for another model: schedule is"),
+        (["interpolate", "--model", "wide", *pictures, "--pairs", "1", *by("3")], "calibrated for another model"),
+        (["compare", "--model", "wide", *pictures, *lists], "calibrated for another model"),
+        (["reconstruct", "--model", "wide", *pictures, *lists], "calibrated for another model"),
+    ]
+    there = set(tmp_path.rglob("*"))
+    calls = [field.nfe for field in gaussians.values()]
+    for arguments, says in cases:
+        model = [] if "--model" in arguments else ["--model", "narrow"]
+        end = {"encode": ".npz", "likelihood": ".json", "sample": ".npz", "decode": ".npz", "interpolate": ".npz"}
+        out = str(tmp_path / "new" / f"x{end.get(arguments[0], '')}")
+        assert main([*arguments, *model, "--out", out]) == 2, arguments
+        assert says in capsys.readouterr().err, arguments
+    assert [field.nfe for field in gaussians.values()] == calls
+    assert set(tmp_path.rglob("*")) == there
+
+
+def test_force_runs_a_calibrated_solver_with_another_model(calibrated, gaussians, tmp_path, capsys):
+    gaussians["narrow"] = other = ddim_ode.EpsilonField(
+        lambda x, t: 0.9 * x, gaussians["narrow"].schedule, shape=(1, 8, 8)
+    )
+    common = ["--model", "narrow", "--force", "--json", "--out"]
+    assert main(["sample", *common, str(tmp_path / "s.npz"), "--n", "2", "--solver", calibrated["3"]]) == 0
+    wanted = ddim_ode.sample(other, n=2, solver=ddim_ode.load_solver(calibrated["3"], force=True)).x
+    np.testing.assert_allclose(data.read_array(tmp_path / "s.npz"), wanted, atol=1e-5)
+    np.save(tmp_path / "z.npy", ddim_ode.noise((1, 8, 8), 2, 0).numpy())
+    latent = ["--latent", str(tmp_path / "z.npy")]
+    assert main(["decode", *common, str(tmp_path / "d.npz"), *latent, "--solver", calibrated["3"]]) == 0
+    np.testing.assert_allclose(data.read_array(tmp_path / "d.npz"), data.read_array(tmp_path / "s.npz"))

@@ -273,7 +273,7 @@ def load_solver(path: str | os.PathLike[str], *, force: bool = False) -> Calibra
         raise FileNotFoundError(f"no solver at {path}: there is no such file")
     try:
         about = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no solver, or is cut short: {error}") from error
     if not isinstance(about, dict) or about.get("kind") != "calibrated":
         raise ValueError(f"{path} is no solver: Calibrated.save writes them")
