@@ -188,7 +188,7 @@ def calibration_figure(record: dict[str, Any]) -> Figure:
         halves = rows[0]["trajectories"]
         what = "images" if record["direction"] == "sample" else "latents"
         figure.suptitle(
-            f"Calibration: error of {what} on {halves['fitted']} trajectories fitted to, {halves['held_back']} held back",
+            f"Error of {what}: {halves['fitted']} trajectories fitted to, {halves['held_back']} held back",
             fontsize=10,
         )
     return figure
