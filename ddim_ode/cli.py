@@ -181,6 +181,7 @@ def _print_comparison(record: dict[str, Any]) -> None:
             cells = [row[key] for row in record["rows"] if row["solver"] == name]
             print(f"  {name:<24}" + "".join(f"{'–' if c is None else format(c, form):>15}" for c in cells))
         print()
+    _print_ways(record)
 
 
 def _calibrate(o: argparse.Namespace) -> int:
@@ -472,6 +473,15 @@ def _print_reconstruction(record: dict[str, Any]) -> None:
             shown = ["–" if row is None or row["encode_calls"] is None else cell(row) for row in cells]
             if set(shown) != {"–"}:
                 print(f"  {name:<30}" + "".join(f"{text:>12}" for text in shown))
+    _print_ways(record)
+
+
+def _print_ways(record: dict[str, Any]) -> None:
+    """What went the way that a calibrated solver does not."""
+    ways = {row["solver"]: row for row in record["rows"] if row["encoder"] is not None}
+    for name in record.get("calibrated", {}):
+        if name in ways:
+            print(f"{name}: round trips are encoded by {ways[name]['encoder']} and decoded by {ways[name]['decoder']}")
 
 
 def _interpolate(o: argparse.Namespace) -> int:

@@ -197,8 +197,8 @@ class Calibrated(Solver):
         })  # fmt: skip
         if differ:
             raise ValueError(
-                f"{self.name} was calibrated for another model: {'; '.join(differ)}. Calibrate for this one, or "
-                "dataclasses.replace(solver, force=True)"
+                f"{self.name} was calibrated for another model: {'; '.join(differ)}. Calibrate for this one, or run it all the "
+                "same: dataclasses.replace(solver, force=True), at the terminal --force"
             )
 
     def steps(self, nfe: int) -> int:
