@@ -142,8 +142,9 @@ def calibrate(
     default = study.judge("default", unfitted)
     if known.difference > 0.2 * default.held:
         raise ValueError(
-            f"the reference does not converge: at {reference_nfe} and {reference_nfe // 2} calls its two resolutions differ by "
-            f"{known.difference:.2g} RMS, and the default at {nfe} calls by {default.held:.2g} from it: give a larger reference_nfe"
+            f"the reference does not converge, or not beyond what the default does: at {reference_nfe} and {reference_nfe // 2} "
+            "calls its two resolutions differ by "
+            f"{known.difference:.2g} RMS, and the default at {nfe} calls is off it by {default.held:.2g}: give a larger reference_nfe"
         )
     study.run(base, refine)
     return study.result(known, began, seed if latents is None and images is None else None, network)
@@ -241,7 +242,8 @@ class _Reference:
     method: str
     nfe: int
     calls: int
-    dropped: int
+    #: Which of those given are not finite.
+    dropped: tuple[int, ...]
 
     def split(self) -> tuple[_Half, _Half]:
         """To fit to, and to hold back: a third, two at least."""
@@ -273,9 +275,11 @@ def _reference(task: _Task, given: Tensor, are_images: bool, nfe: int) -> _Refer
         runs.append((torch.cat(ends), pieces, torch.tensor(good, device=first.device)))
     (end, pieces, fine), (other, _, also) = runs
     keep = torch.nonzero(fine & also).flatten()
-    dropped = len(first) - len(keep)
+    dropped = tuple(torch.nonzero(~(fine & also)).flatten().tolist())
     if len(keep) < 4:
-        raise ValueError(f"{dropped} of {len(first)} reference trajectories are not finite, and 4 at least are needed")
+        raise ValueError(
+            f"{len(dropped)} of {len(first)} reference trajectories are not finite, and 4 at least are needed"
+        )
     path = Dense(
         pieces[0].sigmas,
         torch.cat([piece.x_bar for piece in pieces], dim=1),
@@ -635,7 +639,7 @@ class _Study:
             "base": default.member.base.name if kept.member is None else kept.member.base.name,  # type: ignore[union-attr]
             "stages": [stage.record() for stage in self.stages],
             "gap": kept.held / kept.fitted if kept.fitted > 0.0 else math.nan,
-            "trajectories": {"fitted": len(self.fitted.rows), "held_back": len(self.held.rows), "dropped": known.dropped},
+            "trajectories": {"fitted": len(self.fitted.rows), "held_back": len(self.held.rows), "dropped": list(known.dropped)},
             "seed": seed,
             "consistent": self.consistent,
             "reference": {

@@ -240,8 +240,10 @@ def _calibrate(o: argparse.Namespace) -> int:
         if row["error"] is not None:
             print(f"ddim-ode: --nfe {row['nfe']}: {row['error']}", file=sys.stderr)
         elif row["trajectories"]["dropped"]:
-            lost = row["trajectories"]["dropped"]
-            print(f"ddim-ode: --nfe {row['nfe']}: non-finite in {lost} reference trajectories", file=sys.stderr)
+            lost = ", ".join(map(str, row["trajectories"]["dropped"]))
+            print(
+                f"ddim-ode: --nfe {row['nfe']}: non-finite in reference trajectories {lost}, left out", file=sys.stderr
+            )
     return int(any(row["error"] is not None or row["trajectories"]["dropped"] for row in rows))
 
 

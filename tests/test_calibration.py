@@ -181,7 +181,7 @@ def test_it_is_better_than_the_default_on_unseen_trajectories(direction, digits,
     assert [stage["stage"] for stage in record["stages"]] == [
         "default", "coefficients", "coefficients and grid", "refined"
     ]  # fmt: skip
-    assert record["trajectories"] == {"fitted": 16, "held_back": 8, "dropped": 0}
+    assert record["trajectories"] == {"fitted": 16, "held_back": 8, "dropped": []}
     assert record["reference"]["rms_difference"] < 1e-4
     assert record["reference"]["calls"] == 24 * (400 + 200)
     assert 0.8 < record["high_frequencies"]["kept"] < 1.25
@@ -279,7 +279,7 @@ def test_conditions_go_with_their_samples():
     rows = torch.tensor([[-1.0], [1.0]]).repeat(4, 1).expand(8, 4)
     field = EpsilonField(Shifted(), LINEAR, condition=rows, shape=(4,))
     solver = calibrate(field, 4, n=8, refine=1, reference_nfe=200, batch_size=3)
-    assert solver.record["trajectories"]["dropped"] == 0
+    assert solver.record["trajectories"]["dropped"] == []
     held = {stage["stage"]: stage["held_back"] for stage in solver.record["stages"]}
     assert held["refined"] < held["default"]
 
@@ -440,7 +440,7 @@ def test_a_reference_that_does_not_converge_says_by_how_much():
         lambda x, sigma: 30.0 * torch.cos(torch.as_tensor(3000.0 * sigma) + x), LINEAR, shape=(3,)
     )
     with pytest.raises(
-        ValueError, match=r"does not converge: at 40 and 20 calls its two resolutions differ by \S+ RMS"
+        ValueError, match=r"does not converge, .*: at 40 and 20 calls its two resolutions differ by \S+ RMS"
     ):
         calibrate(field, 5, n=4, reference_nfe=40)
 
@@ -454,7 +454,7 @@ def test_trajectories_that_fail_are_dropped_and_counted(digits):
     latents = ddim_ode.noise((1, 8, 8), 6, 0).clone()
     latents[2, 0, 0, 0] = 50.0
     solver = calibrate(field, 4, latents=latents, refine=0, reference_nfe=80)
-    assert solver.record["trajectories"] == {"fitted": 3, "held_back": 2, "dropped": 1}
+    assert solver.record["trajectories"] == {"fitted": 3, "held_back": 2, "dropped": [2]}
     latents[3:, 0, 0, 0] = 50.0
     with pytest.raises(ValueError, match="4 of 6 reference trajectories are not finite, and 4 at least are needed"):
         calibrate(field, 4, latents=latents, refine=0, reference_nfe=80)
