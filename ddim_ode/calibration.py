@@ -49,12 +49,12 @@ from ddim_ode.solution import Status
 from ddim_ode.solvers import Solver, get
 from ddim_ode.solvers.calibrated import HOLDS_FOR, PART, Calibrated, Table, table
 
-__all__ = ["calibrate", "check_calibration"]
+__all__ = ["SAMPLES", "calibrate", "check_calibration"]
 
 Array = NDArray[np.float64]
 
 #: Trajectories when neither latents nor a number are given.
-SAMPLES = 32
+SAMPLES = 48
 #: Evaluations that a step's fitted weights go back.
 HISTORY = 5
 #: What the shrinkage of least squares is chosen from, relative to the squares of what it is about.
@@ -94,7 +94,7 @@ def calibrate(
     nfe : int
         Calls of the solver, at least 2.
     latents : Tensor, optional
-        x_T, (B, \*d), B ≥ 4, of the kind it will be used on. Without them, `n` (32) are drawn from `seed`.
+        x_T, (B, \*d), B ≥ 4, of the kind it will be used on. Without them, `n` (48) are drawn from `seed`.
     images : Tensor, optional
         For ``direction="encode"``: x_0 to encode, in place of latents. By default what the model makes of the latents is encoded.
     n, seed : int

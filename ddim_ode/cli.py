@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import ddim_ode
 from ddim_ode import data, datasets, plotting
-from ddim_ode.calibration import calibrate, check_calibration
+from ddim_ode.calibration import SAMPLES, calibrate, check_calibration
 from ddim_ode.checking import check
 from ddim_ode.codes import Code, is_code, load_code
 from ddim_ode.comparison import by_name, check_budgets, circumstances, compare, reference, refuse_unbudgeted
@@ -189,7 +189,7 @@ def _calibrate(o: argparse.Namespace) -> int:
     budgets = list(dict.fromkeys(_whole(x, "--nfe", 2) for x in _split(o.nfe)))
     if not budgets:
         raise ValueError("calibrate needs at least one budget in --nfe")
-    count = _whole(48 if o.n is None else o.n, "--n", 4)
+    count = _whole(SAMPLES if o.n is None else o.n, "--n", 4)
     options: dict[str, Any] = {"direction": o.direction, "refine": o.refine, "batch_size": o.batch_size}
     options |= {"reference_nfe": o.reference_nfe, "seed": o.seed}
     if o.latent is not None:
