@@ -12,7 +12,7 @@ demo: .venv/base                    ## compare solvers on the bundled network: a
 	$(BIN)/ddim-ode compare --out out/demo
 
 test: .venv/peers                   ## the tests, a few minutes on two cores
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: .venv/dev                ## the tests that take minutes: training interrupted at random, ten times each way
 	$(BIN)/pytest -m slow

@@ -629,8 +629,7 @@ class _Study:
     ) -> Calibrated:
         """The stage that is kept, as a solver with its record."""
         default = self.stages[0]
-        best = min(self.stages, key=lambda j: j.held)
-        kept = best if best.beats(default) else default
+        kept = min((j for j in self.stages if j.beats(default)), key=lambda j: j.mean_held, default=default)
         field = self.task.field
         model = {name: value for name, value in field.describe().items() if name in HOLDS_FOR}
         record: dict[str, Any] = {
