@@ -62,13 +62,13 @@ bench-calibration: .venv/peers      ## calibrated solvers on latents never fitte
 bench-proposition1: .venv/dev       ## Proposition 1: both fields, both Euler maps: minutes
 	$(BIN)/python -m benchmarks.proposition1
 
-bench-table1: .venv/dev             ## Table 1 and its like for solvers: two hours and more, resumes
+bench-table1: .venv/dev             ## Table 1 and its like for solvers: an hour and a half on two cores, resumes
 	$(BIN)/python -m benchmarks.table1
 
-bench-paper-figures: .venv/dev      ## Figures 3 to 6: half an hour
+bench-paper-figures: .venv/dev      ## Figures 3 to 6: a quarter of an hour
 	$(BIN)/python -m benchmarks.paper_figures
 
-paper: bench-proposition1 bench-discrete bench-table1 bench-paper-figures ## all experiments of the paper: hours, four by estimate
+paper: bench-proposition1 bench-discrete bench-table1 bench-paper-figures ## all experiments of the paper: about three hours on two cores
 	$(BIN)/python -m benchmarks.round_trip --parts table2 --problems network,network-cifar10
 
 paper-short: .venv/dev              ## the same on few images and steps, into out/paper: two minutes

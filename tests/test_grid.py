@@ -26,7 +26,7 @@ def test_every_rule_falls_to_zero_and_reverses_to_the_bit(name, steps):
 
 
 @pytest.mark.parametrize("schedule", [NoiseSchedule.continuous(), NoiseSchedule.edm(), NoiseSchedule.cosine()])
-@pytest.mark.parametrize("name", set(grids()) - {"released-quadratic"})
+@pytest.mark.parametrize("name", sorted(set(grids()) - {"released-quadratic"}))
 def test_every_rule_on_other_schedules(schedule, name):
     grid = Grid.make(name, schedule, 10)
     assert grid.steps == 10

@@ -67,7 +67,7 @@ def modes():
 
 # -- what they solve ------------------------------------------------------------------------------
 @pytest.mark.parametrize("direction", ["encoding", "sampling"])
-@pytest.mark.parametrize("clock", ["sigma", "log", arctan(2.0)], ids=str)
+@pytest.mark.parametrize("clock", ["sigma", "log", arctan(2.0)], ids=lambda clock: getattr(clock, "name", clock))
 def test_implicit_midpoint_of_a_gaussian_is_a_linear_solve(problems, clock, direction):
     problem = problems["gaussian"]
     eps, grid = problem.eps, sigma_grid("jittered", 6, direction)
