@@ -14,16 +14,18 @@ Run from the root of a checkout::
 
     python -m benchmarks.calibration [--parts …] [--problems …] [--figures-only]
 
-Solvers are kept in ``out/calibration``, and not fitted again where they are. The record, ``calibration.json``, keeps what a run does not
-name. About two hours on one thread, most of it the networks at 20 calls.
+Solvers are kept in ``out/calibration``, and not fitted again where they are; rows that ``calibration.json`` has are not run again
+either, unless ``--again`` is given. Hours on one thread, most of them the networks at 20 calls.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,31 +94,29 @@ def run(task: Problem, direction: str, **options: Any) -> dict[str, float]:
     return errors(ddim_ode.encode(task.field, task.exact, data_range=None, **options).x, task.latent)
 
 
-def unseen(name: str, known: dict[str, Any]) -> dict[str, Any]:
-    """One problem: calibrated solvers, the default, peers."""
+Save = Callable[[Any], None]
+
+
+def unseen(name: str, known: dict[str, Any], had: dict[str, Any], save: Save) -> None:
+    """One problem: calibrated solvers, the default, peers; saved row by row, beside what it `had`."""
     task = problem(name, UNSEEN.get(name, MANY), HELD_OUT)
-    rows = []
-    for direction in DIRECTIONS:
-        for nfe in NETWORK_CALLS if name in NETWORKS else CALLS:
-            own = solver(name, task, nfe, direction, GIVEN.get(name, OTHERWISE))
-            row: dict[str, Any] = {"direction": direction, "nfe": nfe, "calibrated": run(task, direction, solver=own)}
-            row |= {"default": run(task, direction, nfe=nfe)} | told(own)
-            if direction == "sample":
-                row["calls_of_default"] = worth(task, row["calibrated"]["geometric"])
-            rows.append(row)
-            print(
-                f"{name} {direction} {nfe}: {row['calibrated']} default {row['default']}, {own.record['kept']}",
-                flush=True,
-            )
-    return {
-        "latents": len(task.latent),
-        "dimension": task.latent[0].numel(),
-        "trajectories": GIVEN.get(name, OTHERWISE),
-        "reference_difference": task.difference,
-        "rows": rows,
-        "peers": contest(name, task, known),
-        **circumstances(task.field, torch.float64),
-    }
+    given = GIVEN.get(name, OTHERWISE)
+    rows, found = had.get("rows", []), had.get("peers")
+    about: dict[str, Any] = {"latents": len(task.latent), "dimension": task.latent[0].numel(), "trajectories": given}
+    about |= {"reference_difference": task.difference}
+    for direction, nfe in itertools.product(DIRECTIONS, NETWORK_CALLS if name in NETWORKS else CALLS):
+        if any((row["direction"], row["nfe"]) == (direction, nfe) for row in rows):
+            continue
+        own = solver(name, task, nfe, direction, given)
+        row: dict[str, Any] = {"direction": direction, "nfe": nfe, "calibrated": run(task, direction, solver=own)}
+        row |= {"default": run(task, direction, nfe=nfe)} | told(own)
+        if direction == "sample":
+            row["calls_of_default"] = worth(task, nfe, row["calibrated"]["geometric"])
+        rows = [*rows, row | circumstances(task.field, torch.float64)]
+        save(about | {"rows": rows, "peers": found})
+        print(f"{name} {direction} {nfe}: {row['calibrated']} default {row['default']}, {row['kept']}", flush=True)
+    if found is None:
+        save(about | {"rows": rows, "peers": contest(name, task, known)})
 
 
 def told(own: Calibrated) -> dict[str, Any]:
@@ -128,12 +128,10 @@ def told(own: Calibrated) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def worth(task: Problem, error: float) -> int | None:
+def worth(task: Problem, nfe: int, error: float) -> int | None:
     """How many calls the default takes to be as accurate, by the geometric mean; None: more than 50."""
-    for nfe in range(3, 51):
-        if run(task, "sample", nfe=nfe)["geometric"] <= error:
-            return nfe
-    return None
+    more = range(nfe, 51)
+    return next((calls for calls in more if run(task, "sample", nfe=calls)["geometric"] <= error), None)
 
 
 def contest(name: str, task: Problem, known: dict[str, Any]) -> dict[str, Any]:
@@ -158,25 +156,21 @@ def contest(name: str, task: Problem, known: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def trajectories(name: str) -> list[dict[str, Any]]:
-    """Errors on unseen latents by the number of trajectories given."""
-    task = problem(name, UNSEEN.get(name, MANY), HELD_OUT)
-    rows = []
-    for nfe in (5, 10):
-        for n in NUMBERS:
-            own = solver(name, task, nfe, "sample", n)
-            row = {
-                "nfe": nfe,
-                "n": n,
-                "calibrated": run(task, "sample", solver=own),
-                "default": run(task, "sample", nfe=nfe),
-            }
-            rows.append(row | told(own))
-            print(f"{name} {nfe} calls from {n}: {row['calibrated']}, {own.record['kept']}", flush=True)
-    return rows
+def trajectories(name: str, had: list[dict[str, Any]], save: Save) -> None:
+    """Errors on unseen latents by the number of trajectories given; saved row by row."""
+    task, rows = problem(name, UNSEEN.get(name, MANY), HELD_OUT), had
+    for nfe, n in itertools.product((5, 10), NUMBERS):
+        if any((row["nfe"], row["n"]) == (nfe, n) for row in rows):
+            continue
+        own = solver(name, task, nfe, "sample", n)
+        row = {"nfe": nfe, "n": n, "calibrated": run(task, "sample", solver=own)}
+        row |= {"default": run(task, "sample", nfe=nfe)} | told(own)
+        rows = [*rows, row | circumstances(task.field, torch.float64)]
+        save(rows)
+        print(f"{name} {nfe} calls from {n}: {row['calibrated']}, {own.record['kept']}", flush=True)
 
 
-def distances(name: str) -> list[dict[str, Any]]:
+def distances(name: str, save: Save) -> None:
     """Distances of samples from test images, calibrated and default, from the same latents."""
     data = NETWORKS[name]
     reference, floor, network = features_of(data, "test"), features_of(data, "train"), EfficientNetLite0()
@@ -193,9 +187,10 @@ def distances(name: str) -> list[dict[str, Any]]:
             {"nfe": nfe, "images": IMAGES, "network": network.name, "data": data, "kept": own.record["kept"]}
             | {how: found.record() for how, found in seen.items()}
             | {"more": {key: {"value": e.value, "error": e.error} for key, e in more.items()}}
+            | circumstances(task.field, torch.float64)
         )
+        save(rows)
         print(f"{name} {nfe}: {rows[-1]['more']}", flush=True)
-    return rows
 
 
 # -- showing ------------------------------------------------------------------------------------
@@ -203,7 +198,7 @@ def best_peer(found: dict[str, Any], nfe: int) -> tuple[str, float] | None:
     """The package whose best setting has the least RMS error at a budget."""
     errors_ = {
         package: row["rms"]
-        for package, result in found["peers"].items()
+        for package, result in (found["peers"] or {}).items()
         for row in result.get("best", ())
         if row["nfe"] == nfe and row["rms"] is not None and math.isfinite(row["rms"])
     }
@@ -273,7 +268,10 @@ def table_trajectories(record: dict[str, Any]) -> str:
         for nfe in (5, 10):
             cells = []
             for n in NUMBERS:
-                row = next(r for r in rows if r["nfe"] == nfe and r["n"] == n)
+                row = next((r for r in rows if r["nfe"] == nfe and r["n"] == n), None)
+                if row is None:
+                    cells.append("")
+                    continue
                 shares = [row["calibrated"][key] / row["default"][key] for key in ("rms", "geometric")]
                 cells.append(f"{shares[0]:.2f} / {shares[1]:.2f}" + (" (default)" if row["kept"] == "default" else ""))
             lines.append(f"| {name} | {nfe} | " + " | ".join(cells) + " |")
@@ -314,7 +312,14 @@ def figure(record: dict[str, Any]) -> Figure:
                     axes.plot(at, values, look, color=colour, marker="o", ms=3, lw=1.1, label=f"{how}, {words}")
             if direction == "sample":
                 contested = [(nfe, peer[1]) for nfe in CONTESTED if (peer := best_peer(result, nfe))]
-                axes.plot(*zip(*contested, strict=True), "s", color="tab:red", ms=4.5, label="best peer, RMS")
+                axes.plot(
+                    [nfe for nfe, _ in contested],
+                    [e for _, e in contested],
+                    "s",
+                    color="tab:red",
+                    ms=4.5,
+                    label="best peer, RMS",
+                )
                 axes.set_title(f"{name}, D = {result['dimension']}", fontsize=9)
             axes.set(yscale="log")
             axes.set_xticks([4, 5, 10, 15, 20])
@@ -367,31 +372,38 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which to run")
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), help="on which")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder for calibration.json")
+    parser.add_argument("--again", action="store_true", help="run what is recorded too")
     parser.add_argument("--figures-only", action="store_true", help="draw the figure and the tables from the record")
     options = parser.parse_args()
     path = output_folder(options.out) / "calibration.json"
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", LatentWarning)
     known = json.loads((ROOT / "benchmarks/results/peers.json").read_text("utf-8"))["problems"]
-    for part in () if options.figures_only else options.parts:
-        for name in options.problems:
-            if part == "quality" and name not in NETWORKS:
-                continue
-            if part == "trajectories" and name == "network-cifar10":
-                continue  # hours
-            try:
-                found = {"unseen": lambda n: unseen(n, known), "trajectories": trajectories, "quality": distances}[
-                    part
-                ](name)
-            except OSError as error:
-                print(f"{name}: not run, {error}", flush=True)
-                continue
+    for part, name in () if options.figures_only else itertools.product(options.parts, options.problems):
+        if (part == "quality" and name not in NETWORKS) or (part == "trajectories" and name == "network-cifar10"):
+            continue  # mixtures are no pictures worth judging, and the larger network takes hours
+        had = None if options.again else _recorded(path).get(part, {}).get(name)
+
+        def save(found: Any, part: str = part, name: str = name) -> None:
             # Read again: another run may have recorded its problems in the meantime.
-            record = json.loads(path.read_text("utf-8")) if path.exists() else {}
-            record |= {"study": "calibration", **circumstances(), "peers": peers.versions(), "targets": TARGETS}
+            record = _recorded(path) | {"study": "calibration", "peers": peers.versions(), "targets": TARGETS}
             record[part] = {n: x for n in PROBLEMS if (x := (record.get(part, {}) | {name: found}).get(n)) is not None}
             write_json(path, record)
+
+        try:
+            if part == "unseen":
+                unseen(name, known, had or {}, save)
+            elif part == "trajectories":
+                trajectories(name, had or [], save)
+            elif had is None:
+                distances(name, save)
+        except OSError as error:
+            print(f"{name}: not run, {error}", flush=True)
     show(json.loads(path.read_text("utf-8")))
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ Run from the root of a checkout::
 
     python -m benchmarks.paper_figures [--parts …] [--model …] [--short] [--figures-only]
 
-It takes about a quarter of an hour on two cores. What is recorded already, by the same weights and version, is left out unless ``--parts`` names
-it. Numbers go to ``paper_figures.json``, images to ``paper_figures.npz`` in 8 bits, and figures
-are drawn from these; for other models than the bundled Fashion-MNIST one with the model's name behind theirs.
+It takes about a quarter of an hour on two cores. What is recorded already, by the same weights and version, is left out unless
+``--parts`` names it. Numbers go to ``paper_figures.json``, images to ``paper_figures.npz`` in 8 bits, and figures are drawn from these;
+for other models than the bundled Fashion-MNIST one with the model's name behind theirs.
 """
 
 from __future__ import annotations
