@@ -104,7 +104,7 @@ def unseen(name: str, known: dict[str, Any], had: dict[str, Any], save: Save) ->
     rows, found = had.get("rows", []), had.get("peers")
     about: dict[str, Any] = {"latents": len(task.latent), "dimension": task.latent[0].numel(), "trajectories": given}
     about |= {"reference_difference": task.difference}
-    for direction, nfe in itertools.product(DIRECTIONS, NETWORK_CALLS if name in NETWORKS else CALLS):
+    for nfe, direction in itertools.product(NETWORK_CALLS if name in NETWORKS else CALLS, DIRECTIONS):
         if any((row["direction"], row["nfe"]) == (direction, nfe) for row in rows):
             continue
         own = solver(name, task, nfe, direction, given)
@@ -217,7 +217,7 @@ def table_unseen(record: dict[str, Any]) -> str:
         "|---" * 13 + "|",
     ]
     for name, found in record["unseen"].items():
-        for row in found["rows"]:
+        for row in sorted(found["rows"], key=lambda row: DIRECTIONS.index(row["direction"])):
             own, default = row["calibrated"], row["default"]
             cells = [f"{name} ({found['dimension']})", row["direction"], str(row["nfe"])]
             for key in ("rms", "geometric"):
