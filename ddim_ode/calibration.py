@@ -29,6 +29,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ from ddim_ode.dense import Dense
 from ddim_ode.field import EpsilonField, check_field
 from ddim_ode.grid import Grid
 from ddim_ode.integrate import check_state, integrate
+from ddim_ode.metrics import rms
 from ddim_ode.noise import check_seed, noise
 from ddim_ode.quality import Features
 from ddim_ode.sampling import DEFAULTS, plan
@@ -140,6 +142,7 @@ def calibrate(
     fitted, held = known.split()
     study = _Study(task, fitted, held, consistent, advance)
     default = study.judge("default", unfitted)
+    study.stages.append(default)
     if known.difference > 0.2 * default.held:
         raise ValueError(
             f"the reference does not converge, or not beyond what the default does: at {reference_nfe} and {reference_nfe // 2} "
@@ -160,12 +163,12 @@ def check_calibration(
     latents: Tensor | None = None,
     images: Tensor | None = None,
     n: int | None = None,
-    seed: int = 0,
-    direction: str = "sample",
-    refine: int = 6,
-    reference_nfe: int = 400,
-    batch_size: int = 64,
-    network: Callable[[Tensor], Tensor] | None = None,
+    seed: int,
+    direction: str,
+    refine: int,
+    reference_nfe: int,
+    batch_size: int,
+    network: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, list[Unfitted], Unfitted]:
     """Refuse what :func:`calibrate` refuses before any model call; where trajectories begin, members to fit, and the default."""
     check_field(field)
@@ -287,10 +290,9 @@ def _reference(task: _Task, given: Tensor, are_images: bool, nfe: int) -> _Refer
         pieces[0].order,
     )  # fmt: skip
     start, exact = (end, first) if up and not are_images else (first, end)
-    unit = scale if up else 1.0
     away = other if are_images or not up else other * scale  # of data, where the latents are what is known
     found = end if are_images or not up else end * scale
-    difference = float(((away - found)[keep] / unit).square().mean().sqrt())
+    difference = float(((away - found)[keep] / task.unit).square().mean().sqrt())
     every = _Half(start, exact, path, torch.arange(len(first), device=first.device))
     return _Reference(every[keep], difference, method.name, nfe, task.calls - before, dropped)
 
@@ -358,6 +360,10 @@ def _roll(
 
 
 # -- what is fitted -----------------------------------------------------------------------------
+#: The same member on the same grid is asked for with each number that is changed.
+_plain = lru_cache(maxsize=64)(table)
+
+
 @dataclass(frozen=True, eq=False)
 class _Member:
     """An unfitted solver, on a grid, and what is added to its numbers: (N, 1 + HISTORY), P's first, in units of the steps."""
@@ -372,7 +378,7 @@ class _Member:
         return _Member(base, grid, np.zeros((base.calls(grid), 1 + HISTORY)), consistent)
 
     def table(self) -> Table:
-        plain = table(self.base, self.grid)
+        plain = _plain(self.base, self.grid)
         if not self.added.any():
             return plain
         propagators, weights = list(plain.propagators), []
@@ -438,9 +444,9 @@ class _Judged:
     own: Tensor
     each: Tensor
     calls: int
-    member: _Member | None = None
+    member: _Member
     #: The trajectory ends of what was held back.
-    ends: Tensor | None = None
+    ends: Tensor
 
     @property
     def mean(self) -> float:
@@ -479,26 +485,21 @@ class _Study:
         with torch.no_grad():
             ends = [_roll(self.task.bind(part, numbers.sigmas), numbers, part.start, 0, ()) for part in batches]
         end, exact = torch.cat(ends), torch.cat([part.exact for part in batches])
-        each = ((end - exact) / self.task.unit).flatten(1).square().mean(dim=1).sqrt()
-        return each.nan_to_num(math.inf, math.inf), end
+        return (rms(end, exact) / self.task.unit).nan_to_num(math.inf, math.inf), end
 
-    def judge(self, stage: str, made: _Member | tuple[Solver, Grid], keep: bool = True) -> _Judged:
-        """Run a candidate on both halves; to `keep` it is to count it as a stage."""
+    def judge(self, stage: str, made: _Member | Unfitted) -> _Judged:
+        """Run a candidate on both halves."""
         member = made if isinstance(made, _Member) else _Member.of(*made, self.consistent)
         numbers = member.table()
         total = lambda each: float(each.square().mean().sqrt())
         fitted, _ = self._errors(numbers, self.batches)
         held, ends = self._errors(numbers, self.held_batches)
-        found = _Judged(stage, numbers, total(fitted), total(held), fitted, held, self.task.calls, member, ends)
-        if keep:
-            self.stages.append(found)
-        return found
+        return _Judged(stage, numbers, total(fitted), total(held), fitted, held, self.task.calls, member, ends)
 
     # -- the stages
     def run(self, bases: list[tuple[Solver, Grid]], refine: int) -> None:
         default = self.stages[0]
-        first = min([default, *(self.judge("base", base, False) for base in bases[1:])], key=lambda j: j.held)
-        assert first.member is not None
+        first = min([default, *(self.judge("base", base) for base in bases[1:])], key=lambda j: j.held)
         self.advance("coefficients by least squares")
         best = self._coefficients(first.member, "coefficients")
         self.stages.append(best)
@@ -514,13 +515,12 @@ class _Study:
             best = min(best, found, key=lambda j: j.held)
         if refine:
             begin = min([first, *self.stages[1:]], key=lambda j: j.held).member
-            assert begin is not None
-            self.stages.append(replace(self.judge("refined", self._descend(begin, refine), False), stage="refined"))
+            self.stages.append(self.judge("refined", self._descend(begin, refine)))
 
     def _coefficients(self, member: _Member, stage: str) -> _Judged:
         """Least squares, step by step, at each shrinkage; the one that is best on what was held back."""
         plain = replace(member, added=np.zeros_like(member.added))
-        found = [self.judge(stage, self.least_squares(plain, shrinkage), False) for shrinkage in SHRINKAGE]
+        found = [self.judge(stage, self.least_squares(plain, shrinkage)) for shrinkage in SHRINKAGE]
         return min(found, key=lambda j: j.held)
 
     def least_squares(self, member: _Member, shrinkage: float) -> _Member:
@@ -566,7 +566,7 @@ class _Study:
 
     def _descend(self, member: _Member, iterations: int, levels_only: bool = False) -> _Member:
         """Gauss–Newton steps on the ends, until they help what was held back no more."""
-        now = best = self.judge("", member, False)
+        now = best = self.judge("", member)
         since = 0
         if levels_only and member.grid.steps == 1:
             return member  # no level can move
@@ -574,7 +574,6 @@ class _Study:
             self.advance(
                 f"Gauss–Newton, step {i + 1} of {iterations} at most: mean error {now.mean:.4g}, held back {now.mean_held:.4g}"
             )
-            assert now.member is not None
             at = [] if levels_only else now.member.free()
             hessian, gradient = self._normal(now.member, at)
             tried = []
@@ -585,7 +584,7 @@ class _Study:
                 step = -np.linalg.lstsq(damped, gradient, rcond=None)[0]
                 try:
                     there = now.member.plus(at, step[: len(at)]).moved(step[len(at) :])
-                    tried.append(self.judge("", there, False))
+                    tried.append(self.judge("", there))
                 except ValueError:  # levels that no table is for
                     continue
             found = min(tried, key=lambda j: j.mean, default=now)
@@ -595,7 +594,6 @@ class _Study:
             best, since = (now, 0) if now.mean_held < best.mean_held else (best, since + 1)
             if since == 2:
                 break
-        assert best.member is not None
         return best.member
 
     def _normal(self, member: _Member, at: list[tuple[int, int]]) -> tuple[Array, Array]:
@@ -635,7 +633,7 @@ class _Study:
         record: dict[str, Any] = {
             "kept": kept.stage,
             "direction": self.task.direction,
-            "base": default.member.base.name if kept.member is None else kept.member.base.name,  # type: ignore[union-attr]
+            "base": kept.member.base.name,
             "stages": [stage.record() for stage in self.stages],
             "gap": kept.held / kept.fitted if kept.fitted > 0.0 else math.nan,
             "trajectories": {"fitted": len(self.fitted.rows), "held_back": len(self.held.rows), "dropped": list(known.dropped)},
@@ -675,9 +673,9 @@ def _first_change(a: Table, b: Table) -> int:
     return a.steps - 1
 
 
-def _high_frequencies(x: Tensor | None, exact: Tensor) -> float | None:
+def _high_frequencies(x: Tensor, exact: Tensor) -> float | None:
     """Energy above half the highest frequency of the last two axes, as a share of the reference's; None where there are not two."""
-    if x is None or x.ndim < 4 or min(x.shape[-2:]) < 4:
+    if x.ndim < 4 or min(x.shape[-2:]) < 4:
         return None
     height, width = (torch.fft.fftfreq(size, device=x.device).abs() for size in x.shape[-2:])
     high = torch.maximum(height[:, None], width[None, :]) > 0.25
