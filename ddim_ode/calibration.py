@@ -1,7 +1,8 @@
 r"""Solvers fitted to a model: a few accurate trajectories of it buy what no fixed formula can.
 
-A method of N calls on one grid is a table of numbers (:mod:`ddim_ode.solvers.calibrated`). Here they are fitted, in three stages of
-which each starts from the best before it:
+A method of N calls on one grid is a table of numbers (:mod:`ddim_ode.solvers.calibrated`). Where the noise hides all of the data but
+their Gaussian no model has to be asked: the calls begin, or encoding end, at the level below which that is worth one. The numbers are
+fitted in three stages of which each starts from the best before it:
 
 ``coefficients``
     Step by step, on the states that the fitted steps before have led to, the weights of the last evaluations and the propagator that
@@ -18,7 +19,8 @@ the network, which may be anything. What is kept is what does best on trajectori
 improvement there, the default.
 
 Learned from Bespoke Non-Stationary solvers (Shaul et al. 2024: every solver is such a table), S4S (Frankel et al. 2025: coefficients
-and levels in turns, then together), LD3 (Tong et al. 2024: levels by the end of the trajectory), and GITS (Chen et al. 2024).
+and levels in turns, then together), LD3 (Tong et al. 2024: levels by the end of the trajectory), GITS (Chen et al. 2024), and Wang &
+Vastola (2024: the noisy end is that of a Gaussian).
 """
 
 from __future__ import annotations
@@ -43,13 +45,13 @@ from ddim_ode.field import EpsilonField, check_field
 from ddim_ode.grid import Grid
 from ddim_ode.integrate import check_state, integrate
 from ddim_ode.metrics import rms
-from ddim_ode.noise import check_seed, noise
+from ddim_ode.noise import POPULATION, check_seed, draw, noise
 from ddim_ode.quality import Features
-from ddim_ode.sampling import DEFAULTS, plan
+from ddim_ode.sampling import DEFAULTS, plan, sample
 from ddim_ode.schedule import whole
 from ddim_ode.solution import Status
 from ddim_ode.solvers import Solver, get
-from ddim_ode.solvers.calibrated import HOLDS_FOR, PART, Calibrated, Table, table
+from ddim_ode.solvers.calibrated import HOLDS_FOR, PART, Calibrated, Leap, Table, table
 
 __all__ = ["SAMPLES", "calibrate", "check_calibration"]
 
@@ -69,6 +71,12 @@ _H, _MOVE = 1e-3, 1e-2
 _KEPT = 100
 #: Members that are tried for a base beside the default, on the default's grid.
 BASES = {"sample": ("flow3", "flow2"), "encode": ("flowup4",)}
+#: Samples that the Gaussian of the noisy end is taken from, and the calls that the default makes them in.
+SAMPLES_SEEN, SAMPLES_NFE = 256, 10
+#: Its leading directions that are kept, each as many numbers as a sample has.
+DIRECTIONS = 8
+#: Levels that calls are tried to begin at, in units of the widest direction's spread.
+LEAPS = (1.2, 2.0, 4.0, 8.0)
 
 
 def calibrate(
@@ -140,7 +148,11 @@ def calibrate(
     advance(f"reference, {reference_nfe} and {reference_nfe // 2} calls on {len(start)} trajectories")
     known = _reference(task, start, images is not None, reference_nfe)
     fitted, held = known.split()
-    study = _Study(task, fitted, held, consistent, advance)
+    far = None
+    if not consistent and field.condition is None:
+        advance(f"noisy end, {SAMPLES_NFE} calls on {SAMPLES_SEEN} samples")
+        far = _Far.of(task, fitted, seed)
+    study = _Study(task, fitted, held, consistent, advance, far)
     default = study.judge("default", unfitted)
     study.stages.append(default)
     if known.difference > 0.2 * default.held:
@@ -305,8 +317,75 @@ def _thinned(piece: Dense) -> Dense:
     return Dense(piece.sigmas[kept], piece.x_bar[torch.from_numpy(kept)].float(), slopes, piece.order)
 
 
+# -- the noisy end ------------------------------------------------------------------------------
+class _Far:
+    """What the leaps of a field are made from: directions of its samples with their spread, and where trajectories are."""
+
+    def __init__(self, samples: Tensor, half: _Half, encodes: bool, top: float) -> None:
+        flat = samples.flatten(1)
+        _, spread, directions = torch.linalg.svd(flat - flat.mean(dim=0), full_matrices=False)
+        variance = (spread.square() / (len(flat) - 1)).numpy(force=True)
+        count = min(DIRECTIONS, flat.shape[1])
+        # As they are kept; not orthogonal to the last bit then, which the shift makes good on average.
+        self.directions = directions[:count].numpy(force=True).astype("<f2").astype(np.float64)
+        self.variance = variance[:count]
+        self.rest = float(variance[count:].sum()) / max(1, flat.shape[1] - count)
+        slopes = (None if slope is None else slope.double().mean(dim=0, keepdim=True) for slope in half.path.slopes)
+        states = half.path.x_bar.double().mean(dim=1, keepdim=True)
+        self.path = Dense(half.path.sigmas, states, tuple(slopes), half.path.order)
+        #: The mean of the trajectories where they end at σ_T.
+        self.end = (half.exact if encodes else half.start).flatten(1).mean(dim=0).numpy(force=True)
+        self.encodes, self.top = encodes, top
+
+    @staticmethod
+    def of(task: _Task, half: _Half, seed: int) -> _Far | None:
+        """From samples made for the purpose; None where too few of them are finite to say anything."""
+        field = task.field
+        shape = tuple(half.start.shape[1:])
+        latents = draw(shape, range(SAMPLES_SEEN), seed, 0, POPULATION).to(half.start.device)
+        run = sample(field, latents, nfe=SAMPLES_NFE, batch_size=task.size)
+        task.calls += SAMPLES_SEEN * SAMPLES_NFE
+        good = torch.tensor([status is Status.SUCCESS for status in run.status], device=latents.device)
+        if int(good.sum()) < SAMPLES_SEEN // 2:
+            return None
+        return _Far(run.x_bar[good], half, task.direction == "encode", field.schedule.sigma_max)
+
+    def levels(self) -> list[float]:
+        """Where calls may begin, or end."""
+        widest = math.sqrt(float(self.variance[0]))
+        return [level for times in LEAPS if (level := times * widest) < 0.7 * self.top]
+
+    def leap(self, level: float) -> Leap:
+        """From σ_T to a level, or from it to σ_T."""
+        a, b = (level, self.top) if self.encodes else (self.top, level)
+        ratio = lambda variance: np.sqrt((variance + b * b) / (variance + a * a))
+        gain, gains = float(ratio(self.rest)), ratio(self.variance)
+        there = self.path(level).flatten().numpy(force=True)
+        before, after = (there, self.end) if self.encodes else (self.end, there)
+        moved = gain * before + ((gains - gain) * (self.directions @ before)) @ self.directions
+        return Leap.of(gain, gains, self.directions, after - moved)
+
+
 # -- running tables -----------------------------------------------------------------------------
 History = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Program:
+    """What a candidate does: its table, and its leap before or after."""
+
+    numbers: Table
+    leap: Leap | None
+    encodes: bool
+
+    def enter(self, x_bar: Tensor) -> Tensor:
+        return x_bar if self.leap is None or self.encodes else self.leap.on(x_bar)(x_bar)
+
+    def leave(self, x_bar: Tensor) -> Tensor:
+        return x_bar if self.leap is None or not self.encodes else self.leap.on(x_bar)(x_bar)
+
+    def run(self, evaluate: Any, start: Tensor, kept: list[tuple[Tensor, History]] | None = None) -> Tensor:
+        return self.leave(_roll(evaluate, self.numbers, self.enter(start), 0, (), kept))
 
 
 @dataclass(eq=False)
@@ -366,16 +445,41 @@ _plain = lru_cache(maxsize=64)(table)
 
 @dataclass(frozen=True, eq=False)
 class _Member:
-    """An unfitted solver, on a grid, and what is added to its numbers: (N, 1 + HISTORY), P's first, in units of the steps."""
+    """An unfitted solver, on a grid, and what is added to its numbers: (N, 1 + HISTORY), P's first, in units of the steps.
+
+    With `far` the grid does not reach σ_T, and a leap does.
+    """
 
     base: Solver
     grid: Grid
     added: Array
     consistent: bool
+    far: _Far | None = None
 
     @staticmethod
     def of(base: Solver, grid: Grid, consistent: bool) -> _Member:
         return _Member(base, grid, np.zeros((base.calls(grid), 1 + HISTORY)), consistent)
+
+    def over(self, far: _Far, level: float) -> _Member:
+        """The same between `level` and 0, its nodes where they were in the clock σ/(1 + σ) as shares of the way."""
+        sigmas = self.grid.sigmas
+        u = sigmas / (1.0 + sigmas) * (level / (1.0 + level)) / (far.top / (1.0 + far.top))
+        new = u / (1.0 - u)
+        new[-1 if far.encodes else 0] = level
+        return replace(self, grid=Grid(new, self.grid.schedule, self.grid.name), far=far)
+
+    @property
+    def moving(self) -> slice:
+        """Which nodes can move: all inner ones, and the one that a leap comes to or goes from."""
+        if self.far is None:
+            return slice(1, self.grid.steps)
+        return slice(1, self.grid.steps + 1) if self.far.encodes else slice(0, self.grid.steps)
+
+    def program(self) -> _Program:
+        numbers = self.table()
+        if self.far is None:
+            return _Program(numbers, None, False)
+        return _Program(numbers, self.far.leap(float(self.grid.sigmas.max())), self.far.encodes)
 
     def table(self) -> Table:
         plain = _plain(self.base, self.grid)
@@ -406,13 +510,17 @@ class _Member:
         return replace(self, added=added)
 
     def moved(self, amounts: Array) -> _Member:
-        """Inner nodes moved, by shares of the gap to the nearer neighbour in the clock σ/(1 + σ); less than a half each."""
-        sigmas = self.grid.sigmas
+        """Nodes moved, by shares of the gap to the nearer neighbour in the clock σ/(1 + σ); less than a half each."""
+        sigmas, at = self.grid.sigmas, self.moving
         u = sigmas / (1.0 + sigmas)
-        gaps = np.abs(np.diff(u))
-        u[1:-1] += np.clip(amounts, -0.45, 0.45) * np.minimum(gaps[:-1], gaps[1:])
-        new = u / (1.0 - u)
-        new[[0, -1]] = sigmas[[0, -1]]
+        ends = np.array([u[0], u[-1]])
+        if self.far is not None:  # where a leap ends, the next node is σ_T
+            ends[-1 if self.far.encodes else 0] = self.far.top / (1.0 + self.far.top)
+        gaps = np.abs(np.diff(np.concatenate((ends[:1], u, ends[1:]))))
+        room = np.minimum(gaps[:-1], gaps[1:])
+        u[at] += np.clip(amounts, -0.45, 0.45) * room[at]
+        new = sigmas.copy()
+        new[at] = u[at] / (1.0 - u[at])
         return replace(self, grid=Grid(new, self.grid.schedule, self.grid.name))
 
 
@@ -438,7 +546,7 @@ class _Judged:
     """A candidate with its RMS errors: over what was fitted to, over what was held back, and of each sample of both."""
 
     stage: str
-    numbers: Table
+    program: _Program
     fitted: float
     held: float
     own: Tensor
@@ -473,33 +581,44 @@ class _Study:
     """The stages, one after another, and what came of them."""
 
     def __init__(
-        self, task: _Task, fitted: _Half, held: _Half, consistent: bool, advance: Callable[[str], Any]
+        self,
+        task: _Task,
+        fitted: _Half,
+        held: _Half,
+        consistent: bool,
+        advance: Callable[[str], Any],
+        far: _Far | None = None,
     ) -> None:
         self.task, self.fitted, self.held, self.consistent, self.advance = task, fitted, held, consistent, advance
+        self.far = far
         self.batches, self.held_batches = fitted.split(task.size), held.split(task.size)
         self.stages: list[_Judged] = []
 
     # -- errors
-    def _errors(self, numbers: Table, batches: list[_Half]) -> tuple[Tensor, Tensor]:
+    def _errors(self, program: _Program, batches: list[_Half]) -> tuple[Tensor, Tensor]:
         """RMS of each sample, and where they end."""
         with torch.no_grad():
-            ends = [_roll(self.task.bind(part, numbers.sigmas), numbers, part.start, 0, ()) for part in batches]
+            ends = [program.run(self.task.bind(part, program.numbers.sigmas), part.start) for part in batches]
         end, exact = torch.cat(ends), torch.cat([part.exact for part in batches])
         return (rms(end, exact) / self.task.unit).nan_to_num(math.inf, math.inf), end
 
     def judge(self, stage: str, made: _Member | Unfitted) -> _Judged:
         """Run a candidate on both halves."""
         member = made if isinstance(made, _Member) else _Member.of(*made, self.consistent)
-        numbers = member.table()
+        program = member.program()
         total = lambda each: float(each.square().mean().sqrt())
-        fitted, _ = self._errors(numbers, self.batches)
-        held, ends = self._errors(numbers, self.held_batches)
-        return _Judged(stage, numbers, total(fitted), total(held), fitted, held, self.task.calls, member, ends)
+        fitted, _ = self._errors(program, self.batches)
+        held, ends = self._errors(program, self.held_batches)
+        return _Judged(stage, program, total(fitted), total(held), fitted, held, self.task.calls, member, ends)
 
     # -- the stages
     def run(self, bases: list[tuple[Solver, Grid]], refine: int) -> None:
         default = self.stages[0]
-        first = min([default, *(self.judge("base", base) for base in bases[1:])], key=lambda j: j.held)
+        tried = [default, *(self.judge("base", base) for base in bases[1:])]
+        if self.far is not None:
+            plain = [j.member for j in tried]
+            tried += [self.judge("base", m.over(self.far, level)) for m in plain for level in self.far.levels()]
+        first = min(tried, key=lambda j: j.mean)
         self.advance("coefficients by least squares")
         best = self._coefficients(first.member, "coefficients")
         self.stages.append(best)
@@ -529,12 +648,13 @@ class _Study:
         Of the regressors r_j, which are x̄ and the last evaluations in units of the step, and what is left, b, the θ that
         minimises :math:`|b - \sum_j \theta_j r_j|^2 + \rho \sum_j |r_j|^2 \theta_j^2`.
         """
-        numbers = member.table()
+        program = member.program()
+        numbers = program.numbers
         scales, free = _scales(numbers), member.free()
         batches = self.batches
         with torch.no_grad():
             asks = [self.task.bind(part, numbers.sigmas) for part in batches]
-            states: list[tuple[Tensor, History]] = [(part.start, ()) for part in batches]
+            states: list[tuple[Tensor, History]] = [(program.enter(part.start), ()) for part in batches]
             for n in range(numbers.steps):
                 own = [j for m, j in free if m == n]
                 gram, against = np.zeros((len(own), len(own))), np.zeros(len(own))
@@ -544,7 +664,7 @@ class _Study:
                     states[i] = x_bar, history
                     if not own:
                         continue
-                    last = n + 1 == numbers.steps
+                    last = n + 1 == numbers.steps and not (program.encodes and program.leap is not None)
                     wanted = part.exact if last else part.path(numbers.sigmas[n + 1]).to(x_bar.dtype)
                     left = (wanted - _advance(numbers, n, x_bar, history)).flatten()
                     columns = torch.stack([self._regressor(j, x_bar, history).flatten() for j in own]) * scales[n]
@@ -568,7 +688,7 @@ class _Study:
         """Gauss–Newton steps on the ends, until they help what was held back no more."""
         now = best = self.judge("", member)
         since = 0
-        if levels_only and member.grid.steps == 1:
+        if levels_only and member.moving.stop == member.moving.start:
             return member  # no level can move
         for i in range(iterations):
             self.advance(
@@ -598,23 +718,28 @@ class _Study:
 
     def _normal(self, member: _Member, at: list[tuple[int, int]]) -> tuple[Array, Array]:
         """JᵀWJ and JᵀWr of the ends, by numbers `at` and by the inner levels; W is one over the error of each sample."""
-        numbers = member.table()
-        knobs = [(member.plus([place], np.array([_H])).table(), _H) for place in at]
-        inner = member.grid.steps - 1
-        knobs += [(member.moved(_MOVE * np.eye(inner)[i]).table(), _MOVE) for i in range(inner)]
-        firsts = [_first_change(numbers, other) for other, _ in knobs]
+        program = member.program()
+        numbers = program.numbers
+        knobs = [(member.plus([place], np.array([_H])).program(), _H) for place in at]
+        levels = np.eye(member.moving.stop - member.moving.start)
+        knobs += [(member.moved(_MOVE * level).program(), _MOVE) for level in levels]
+        firsts = [_first_change(numbers, other.numbers) for other, _ in knobs]
         hessian, gradient = np.zeros((len(knobs), len(knobs))), np.zeros(len(knobs))
         with torch.no_grad():
             for part in self.batches:
                 ask = self.task.bind(part, numbers.sigmas)
                 kept: list[tuple[Tensor, History]] = []
-                end = _roll(ask, numbers, part.start, 0, (), kept)
+                end = program.run(ask, part.start, kept)
                 left = ((end - part.exact) / self.task.unit).flatten(1)
                 weight = left.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-12).rsqrt()
                 rows = []
                 for first, (other, h) in zip(firsts, knobs, strict=True):
-                    x_bar, history = kept[first]
-                    there = _roll(ask, other, _advance(other, first, x_bar, history), first + 1, history)
+                    if first is None:
+                        there = other.run(ask, part.start)
+                    else:
+                        x_bar, history = kept[first]
+                        moved = _advance(other.numbers, first, x_bar, history)
+                        there = other.leave(_roll(ask, other.numbers, moved, first + 1, history))
                     rows.append((weight * ((there - end) / (h * self.task.unit)).flatten(1)).flatten())
                 jacobian = torch.stack(rows)
                 hessian += (jacobian @ jacobian.T).numpy(force=True)
@@ -635,6 +760,7 @@ class _Study:
             "direction": self.task.direction,
             "base": kept.member.base.name,
             "stages": [stage.record() for stage in self.stages],
+            "leap": kept.program.numbers.sigmas[-1 if kept.program.encodes else 0] if kept.program.leap else None,
             "gap": kept.held / kept.fitted if kept.fitted > 0.0 else math.nan,
             "trajectories": {"fitted": len(self.fitted.rows), "held_back": len(self.held.rows), "dropped": list(known.dropped)},
             "seed": seed,
@@ -652,7 +778,7 @@ class _Study:
         }  # fmt: skip
         if network is not None:
             record["features"] = self._features(network, default, kept)
-        return Calibrated(kept.numbers, json.dumps(model, sort_keys=True), record=record)
+        return Calibrated(kept.program.numbers, json.dumps(model, sort_keys=True), kept.program.leap, record=record)
 
     def _features(self, network: Callable[[Tensor], Tensor], default: _Judged, kept: _Judged) -> dict[str, Any]:
         """RMS distances, sample by sample, between the features of ends and of the reference's."""
@@ -664,8 +790,10 @@ class _Study:
         return {"network": wanted.network, "default": far(default.ends), "kept": far(kept.ends)}
 
 
-def _first_change(a: Table, b: Table) -> int:
-    """The first step that two tables make differently."""
+def _first_change(a: Table, b: Table) -> int | None:
+    """The first step that two tables make differently; None: they begin at different levels."""
+    if a.sigmas[0] != b.sigmas[0]:
+        return None
     for n in range(a.steps):
         same = a.propagators[n] == b.propagators[n] and a.weights[n] == b.weights[n]
         if not same or a.sigmas[n + 1] != b.sigmas[n + 1]:

@@ -269,17 +269,19 @@ def _print_calibration(rows: list[dict[str, Any]]) -> None:
         f"{rows[0]['direction']}: RMS errors on {halves['fitted']} trajectories that were fitted to and {halves['held_back']} "
         "that were held back; calls are of one sample each\n"
     )
-    print(f"{'':<30}{'default':^20}{'kept':^29}{'reference':^20}")
+    print(f"{'':<41}{'default':^20}{'kept':^29}{'reference':^20}")
     heads = ("fitted", "held back", "fitted", "held back", "gap", "calls", "differs", "all calls", "seconds")
     widths = (9, 11, 9, 11, 9, 10, 10, 12, 9)
     line = lambda cells: "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-    print(f"{'nfe':>5}  {'kept':<23}" + line(heads))
+    print(f"{'nfe':>5}  {'kept':<34}" + line(heads))
     for row in rows:
         default, kept = (_stage(row, name) for name in ("default", row["kept"]))
         exact = row["reference"]
         errors = [format(stage[half], ".1e") for stage in (default, kept) for half in ("fitted", "held_back")]
         cells = (*errors, f"{row['gap']:.2f}", exact["calls"], f"{exact['rms_difference']:.0e}", row["calls"])
-        print(f"{row['nfe']:>5}  {row['kept']:<23}" + line((*cells, f"{row['seconds']:.1f}")))
+        way = "to" if row["direction"] == "encode" else "from"
+        kept_ = row["kept"] + ("" if row["leap"] is None else f", {way} σ {row['leap']:.3g}")
+        print(f"{row['nfe']:>5}  {kept_:<34}" + line((*cells, f"{row['seconds']:.1f}")))
     print()
     for row in rows:
         at = f"at {row['nfe']} calls"

@@ -8,6 +8,7 @@ The draws of one seed and image are told apart by the last two words of the gene
 | 0, n | step n of generation, from 1 |
 | :data:`INFERENCE`, n | level n of the inference family, from 1 |
 | :data:`OBJECTIVE`, n | level n of an objective, from 1 |
+| :data:`POPULATION`, 0 | latents of the samples that a calibration takes a Gaussian from |
 | t, 2⁶³ | uniform draws for data over classes, at time t |
 | k, 1 and 0, 2 | the likelihood's probe k, from 0, and dequantisation |
 
@@ -25,10 +26,10 @@ from torch import Tensor
 
 from ddim_ode.schedule import whole
 
-__all__ = ["INFERENCE", "OBJECTIVE", "draw", "noise"]
+__all__ = ["INFERENCE", "OBJECTIVE", "POPULATION", "draw", "noise"]
 
 #: Whose draws: the third word of the counter, far from the small numbers that count probes and times.
-INFERENCE, OBJECTIVE = 2**63, 2**63 + 1
+INFERENCE, OBJECTIVE, POPULATION = 2**63, 2**63 + 1, 2**63 + 2
 
 
 def noise(shape: tuple[int, ...], n: int, seed: int, *, first: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -232,13 +232,12 @@ def test_a_stage_is_kept_only_if_it_is_better_by_more_than_chance(errors, better
     default = made.judge("default", (get("flow3"), Grid.make("flow", LINEAR, 4)))
     each = torch.tensor(errors, dtype=torch.float64)
     first = replace(default, each=torch.ones(4, dtype=torch.float64), held=1.0)
-    other = replace(
-        default, stage="refined", each=each, held=rms(each), numbers=table(get("ddim"), Grid.make("flow", LINEAR, 4))
-    )
+    program = study._Program(table(get("ddim"), Grid.make("flow", LINEAR, 4)), None, False)
+    other = replace(default, stage="refined", each=each, held=rms(each), program=program)
     made.stages = [first, other]
     solver = made.result(known, 0.0, None, None)
     assert solver.record["kept"] == ("refined" if better else "default")
-    assert solver.numbers == (other if better else default).numbers
+    assert solver.numbers == (other if better else default).program.numbers
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -282,6 +281,140 @@ def test_conditions_go_with_their_samples():
     assert solver.record["trajectories"]["dropped"] == []
     held = {stage["stage"]: stage["held_back"] for stage in solver.record["stages"]}
     assert held["refined"] < held["default"]
+
+
+# -- the noisy end ------------------------------------------------------------------------------
+def far_of(variance, encodes, top):
+    """What leaps are made from, of samples whose covariance is exactly this diagonal; and some exact trajectories."""
+    size = len(variance)
+    corners = torch.diag(torch.sqrt(variance * (2 * size - 1) / 2.0))
+    sigmas = np.array([top, 30.0, 5.0, 1.0, 0.0])
+    start = top * torch.randn((5, size), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    flow = [torch.sqrt((variance + s * s) / (variance + top * top)) * start for s in sigmas]
+    slopes = tuple(s / (variance + s * s) * x for s, x in zip(sigmas, flow, strict=True))
+    path = Dense(sigmas, torch.stack(flow), slopes, 4)
+    ends = (flow[-1], flow[0]) if encodes else (flow[0], flow[-1])
+    half = study._Half(*ends, path, torch.arange(5))
+    return study._Far(torch.cat((corners, -corners)), half, encodes, top)
+
+
+@pytest.mark.parametrize("encodes", [False, True], ids=["down", "up"])
+@pytest.mark.parametrize("level", [30.0, 5.0])
+def test_a_leap_is_exact_for_gaussian_data(encodes, level):
+    """Along the directions it has, and along all others where those have one variance."""
+    top = LINEAR.sigma_max
+    variance = torch.cat((torch.logspace(0, 2, 8, dtype=torch.float64), torch.full((12,), 0.01, dtype=torch.float64)))
+    far = far_of(variance, encodes, top)
+    assert len(far.variance) == study.DIRECTIONS == 8
+    x = torch.randn((4, 20), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    below, above = (torch.sqrt(variance + s * s) * x for s in (level, top))
+    begin, wanted = (below, above) if encodes else (above, below)
+    found = far.leap(level).on(begin)(begin)
+    # The mean is that of the trajectories, which float32 has; directions along axes are whole numbers.
+    assert rms(found - wanted) < 1e-6 * rms(wanted)
+
+
+def test_a_leap_puts_the_mean_where_the_trajectories_have_it():
+    """Whatever the network makes of the far end: here its data are elsewhere than the samples' covariance says."""
+    top = LINEAR.sigma_max
+    far = far_of(torch.ones(4, dtype=torch.float64), False, top)
+    far.path = replace(far.path, x_bar=far.path.x_bar + 3.0)
+    x = torch.from_numpy(far.end)[None]
+    found = far.leap(5.0).on(x)(x)
+    assert rms(found - far.path(5.0).reshape(1, -1)) < 1e-6
+
+
+def by_leap(encoding=False, size=6):
+    """A solver of four calls that leaps, and one of its shape that does not."""
+    nodes = Grid.explicit([20.0, 5.0, 2.0, 0.5, 0.0], LINEAR)
+    nodes = nodes.reversed() if encoding else nodes
+    far = far_of(torch.logspace(-3, 0, size, dtype=torch.float64), encoding, LINEAR.sigma_max)
+    return Calibrated(table(get("flowdown5"), nodes), "{}", far.leap(20.0), force=True)
+
+
+@pytest.mark.parametrize("encoding", [False, True], ids=["down", "up"])
+def test_a_leap_costs_no_call_and_goes_the_whole_way(encoding):
+    field, _ = gaussian()
+    solver = by_leap(encoding)
+    grid = solver.own_grid(LINEAR)
+    assert grid.steps == 5
+    assert solver.calls(grid) == 4
+    assert solver.steps(4) == 5
+    assert solver.name == ("calibrated-encode4" if encoding else "calibrated4")
+    assert grid.sigmas[-1 if encoding else 0] == LINEAR.sigma_max
+    asked = []
+
+    def watched(x, sigma):
+        asked.append(float(sigma))
+        return field(x, sigma)
+
+    spy = EpsilonField.from_sigma(watched, LINEAR, shape=(6,))
+    latent = ddim_ode.noise((6,), 3, 0)
+    if encoding:
+        run = ddim_ode.encode(spy, latent, solver=solver, data_range=None, trajectory=True)
+    else:
+        run = ddim_ode.sample(spy, latent, solver=solver, trajectory=True)
+    assert run.nfe == 4
+    assert asked == list(solver.numbers.sigmas[:-1])
+    # The leap is the first step, or the last; the others are the table's.
+    before, after = (run.trajectory[-2], run.trajectory[-1]) if encoding else run.trajectory[:2]
+    torch.testing.assert_close(after, solver.leap.on(before)(before), rtol=0.0, atol=0.0)
+    plain = replace(solver, leap=None)
+    begin = run.trajectory[0] if encoding else run.trajectory[1]
+    there = ddim_ode.integrate(field, begin, plain.own_grid(LINEAR), plain).x_bar
+    torch.testing.assert_close(there, run.trajectory[-2 if encoding else -1], rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("direction", ["sample", "encode"])
+def test_leaps_are_found_and_kept_where_they_help(direction):
+    """Gaussian data are a Gaussian's at every level, so calls begin low."""
+    field, _ = gaussian(16)
+    solver = calibrate(field, 3, n=16, refine=2, direction=direction)
+    assert solver.leap is not None
+    assert solver.record["leap"] == max(solver.numbers.sigmas) < 0.2 * LINEAR.sigma_max
+    assert solver.record["kept"] != "default"
+    stages = {stage["stage"]: stage for stage in solver.record["stages"]}
+    assert stages[solver.record["kept"]]["held_back"] < 0.3 * stages["default"]["held_back"]
+
+
+def test_no_leap_where_conditions_or_constants_forbid_it(digits):
+    """Another condition has another Gaussian, and a leap keeps no constant."""
+    field = network(condition=torch.zeros(1, 2))
+    assert calibrate(field, 3, n=4, refine=0, reference_nfe=60).leap is None
+    assert calibrate(digits, 4, n=8, refine=1, consistent=True).leap is None
+
+
+def test_a_leap_goes_into_files_and_configs(tmp_path):
+    solver = by_leap()
+    path = tmp_path / "four.json"
+    solver.save(path)
+    again = load_solver(path, force=True)
+    assert again == solver
+    assert again != replace(solver, leap=None)
+    assert from_config(json.loads(json.dumps(to_config(solver)))) == solver
+    text = path.read_text("utf-8")
+    path.write_text(text.replace(solver.leap.shift, "A" * len(solver.leap.shift)), "utf-8")
+    with pytest.raises(ValueError, match="damaged"):
+        load_solver(path)
+
+
+def test_a_leap_refuses_samples_of_another_size():
+    solver = by_leap()
+    field, _ = gaussian(5)
+    with pytest.raises(ValueError, match=r"samples of 6 numbers, and not of shape \(5,\)"):
+        ddim_ode.sample(field, n=1, solver=solver)
+    assert field.nfe == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_leaps_on_fake_cuda(dtype):
+    solver = by_leap()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty((2, 6), dtype=dtype, device="cuda")
+        field = EpsilonField.from_sigma(lambda x, sigma: 0.5 * x, LINEAR, shape=(6,))
+        run = ddim_ode.integrate(field, x, solver.own_grid(LINEAR), solver)
+        assert run.x_bar.device.type == "cuda"
+        assert run.x_bar.dtype == dtype
 
 
 # -- files --------------------------------------------------------------------------------------

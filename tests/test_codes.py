@@ -638,7 +638,7 @@ def test_a_code_of_what_only_encodes_has_its_latent_decoded_by_another(tmp_path)
 
 def test_a_calibrated_decoder_takes_any_code_by_force_on_its_own_grid(code):
     down = ddim_ode.calibrate(FIELD, 4, n=4, refine=0, reference_nfe=160)
-    with pytest.raises(ValueError, match=r"solver is calibrated4, was alf-flow; the grid is <Grid calibrated: 4 steps"):
+    with pytest.raises(ValueError, match=r"solver is calibrated4, was alf-flow; the grid is <Grid calibrated: 5 steps"):
         decode(FIELD, code, solver=down)
     bits(decode(FIELD, code, solver=down, force=True).x, sample(FIELD, code.latent, solver=down).x)
     with pytest.raises(ValueError, match="nfe = 5 contradicts calibrated4"):

@@ -6,15 +6,18 @@ that asks for ε once at each of the levels σ_0, …, σ_{N−1}, in order, is 
 .. math:: \bar x_{n+1} = P_n \bar x_n + \sum_{j \le n} w_{nj}\, z_{n-j},
 
 whatever it is called: the states in which it asks are sums of the first one and of all evaluations before, and so are these.
-:func:`table` reads the numbers off the running solver.
+:func:`table` reads the numbers off the running solver. At the noisy end no model has to be asked: a :class:`Leap` goes there.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import math
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ from ddim_ode.schedule import NoiseSchedule
 from ddim_ode.solvers.base import Field, Solver
 from ddim_ode.solvers.multistep import Flow
 
-__all__ = ["PART", "Calibrated", "Table", "load_solver", "table"]
+__all__ = ["PART", "Calibrated", "Leap", "Table", "load_solver", "table"]
 
 Array = NDArray[np.float64]
 
@@ -139,6 +142,69 @@ def table(solver: Solver, grid: Grid) -> Table:
     return Table(tuple(sigmas), tuple(propagators), tuple(weights))
 
 
+@dataclass(frozen=True)
+class Leap:
+    r"""A step at the noisy end that asks no model: there data are to the noise what their Gaussian is.
+
+    .. math:: \bar x' = g\,\bar x + \sum_i (g_i - g)\, v_i\, (v_i \cdot \bar x) + b
+
+    is how eq. 14 moves the data of a Gaussian, along its leading directions and all others, and b puts the mean right. Wang &
+    Vastola (2024) call it teleportation.
+
+    Parameters
+    ----------
+    gain : float
+        g, along all other directions.
+    gains : tuple of float
+        g_i.
+    directions : str
+        v_i, (r, D), orthonormal, as float16 in base 64.
+    shift : str
+        b, (D,), as float32 in base 64.
+    """
+
+    gain: float
+    gains: tuple[float, ...]
+    directions: str
+    shift: str
+
+    @staticmethod
+    def of(gain: float, gains: Array, directions: Array, shift: Array) -> Leap:
+        """From arrays: (r,), (r, D), (D,)."""
+        packed = lambda x, kind: base64.b64encode(np.ascontiguousarray(x, dtype=kind).tobytes()).decode()
+        return Leap(float(gain), tuple(gains.tolist()), packed(directions, "<f2"), packed(shift, "<f4"))
+
+    def on(self, like: Tensor) -> Callable[[Tensor], Tensor]:
+        """The step for states of this form; what it holds goes to their device here, once.
+
+        Raises
+        ------
+        ValueError
+            If they have another size than what it was made for.
+        """
+        shift = _unpacked(self.shift, "<f4")
+        if len(shift) != math.prod(like.shape[1:]):
+            raise ValueError(
+                f"this solver steps over the noisy end of samples of {len(shift)} numbers, and not of shape {tuple(like.shape[1:])}"
+            )
+        place = lambda x: torch.as_tensor(x, dtype=torch.float64).to(like.device, like.dtype)
+        directions = place(_unpacked(self.directions, "<f2").reshape(len(self.gains), -1))
+        more, b = place(np.array(self.gains) - self.gain), place(shift).reshape(like.shape[1:])
+
+        def leap(x_bar: Tensor) -> Tensor:
+            along = (more * (x_bar.flatten(1) @ directions.T)) @ directions
+            return self.gain * x_bar + along.reshape(x_bar.shape) + b
+
+        return leap
+
+    def __repr__(self) -> str:
+        return f"Leap(gain={self.gain:.6g}, {len(self.gains)} directions)"
+
+
+def _unpacked(text: str, kind: str) -> Array:
+    return np.frombuffer(base64.b64decode(text), kind).astype(np.float64)
+
+
 @dataclass(frozen=True, repr=False)
 class Calibrated(Solver):
     r"""A solver for one model, one grid and one direction: :func:`ddim_ode.calibrate` makes it, :func:`ddim_ode.load_solver` reads it.
@@ -152,6 +218,8 @@ class Calibrated(Solver):
         What it does.
     model : str
         What the field said of itself, as JSON.
+    leap : Leap, optional
+        What it goes from the schedule's σ_T to its first level with, or from its last to σ_T on the way up, if those are not σ_T.
     force : bool
         Whether to run with any model.
 
@@ -163,6 +231,7 @@ class Calibrated(Solver):
 
     numbers: Table
     model: str
+    leap: Leap | None = None
     force: bool = False
     record: dict[str, Any] = field(default_factory=dict, compare=False)
 
@@ -186,7 +255,17 @@ class Calibrated(Solver):
         return self.numbers.sigmas[-1] > self.numbers.sigmas[0]
 
     def own_grid(self, schedule: NoiseSchedule) -> Grid:
-        return self.numbers.grid(schedule)
+        nodes = self.numbers.grid(schedule)
+        if self.leap is None:
+            return nodes
+        place = len(nodes.sigmas) if self.encodes else 0
+        return Grid(np.insert(nodes.sigmas, place, schedule.sigma_max), schedule, nodes.name)
+
+    def nfe(self, steps: int) -> int:
+        return steps - (self.leap is not None)
+
+    def stages(self, grid: Grid) -> Array:
+        return np.array(self.numbers.sigmas[:-1])
 
     def check_field(self, field: EpsilonField) -> None:
         if self.force:
@@ -204,25 +283,27 @@ class Calibrated(Solver):
     def steps(self, nfe: int) -> int:
         if nfe < self.numbers.steps:
             raise ValueError(f"{self.name} takes {self.numbers.steps} calls, but nfe is {nfe}: calibrate for so many")
-        return self.numbers.steps
+        return self.numbers.steps + (self.leap is not None)
 
-    def init(self, field: Field, x_bar: Tensor, grid: Grid) -> tuple[Tensor, ...]:
-        if grid.sigmas.size != len(self.numbers.sigmas) or not np.allclose(
-            grid.sigmas, self.numbers.sigmas, rtol=1e-9, atol=0.0
-        ):
+    def init(self, field: Field, x_bar: Tensor, grid: Grid) -> Any:
+        own = self.own_grid(grid.schedule).sigmas
+        if grid.sigmas.size != own.size or not np.allclose(grid.sigmas, own, rtol=1e-9, atol=0.0):
             raise ValueError(
                 f"{self.name} runs on the grid it was calibrated on, and not on {grid!r}: leave the grid out"
             )
-        return ()
+        return None if self.leap is None else self.leap.on(x_bar), ()
 
-    def step(
-        self, field: Field, x_bar: Tensor, n: int, state: tuple[Tensor, ...]
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    def step(self, field: Field, x_bar: Tensor, n: int, state: Any) -> tuple[Tensor, Any, Tensor | None]:
+        leap, history = state
+        # A leap comes before all calls, or after them.
+        n -= leap is not None and not self.encodes
+        if not 0 <= n < self.numbers.steps:
+            return leap(x_bar), state, None
         sigma, weights = self.numbers.sigmas[n], self.numbers.weights[n]
-        history = (PART.stored(x_bar, field(x_bar, sigma), sigma), *state)
+        history = (PART.stored(x_bar, field(x_bar, sigma), sigma), *history)
         moved = PART.advance(x_bar, self.numbers.propagators[n], weights, history[: len(weights)])
         longest = max(map(len, self.numbers.weights[n + 1 :]), default=1)
-        return moved, history[: longest - 1], None
+        return moved, (leap, history[: longest - 1]), None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a ``.json`` file, whole or not at all.
@@ -248,7 +329,7 @@ class Calibrated(Solver):
         numbers = {"sigmas": self.numbers.sigmas, "propagators": self.numbers.propagators}
         about: dict[str, Any] = {"format": FORMAT, "kind": "calibrated", "name": self.name}
         about |= numbers | {"weights": self.numbers.weights, "c": PART.c, "model": json.loads(self.model)}
-        return about | {"record": self.record}
+        return about | {"leap": None if self.leap is None else asdict(self.leap), "record": self.record}
 
 
 def load_solver(path: str | os.PathLike[str], *, force: bool = False) -> Calibrated:
@@ -287,7 +368,9 @@ def load_solver(path: str | os.PathLike[str], *, force: bool = False) -> Calibra
     if about["c"] != PART.c:
         raise ValueError(f"{path} is in terms of c = {about['c']!r}, and this version knows {PART.c!r} only")
     numbers = Table(*(_tuples(about[name]) for name in ("sigmas", "propagators", "weights")))
-    return Calibrated(numbers, json.dumps(about["model"], sort_keys=True), force, about["record"])
+    packed = about["leap"]
+    leap = None if packed is None else Leap(**{name: _tuples(value) for name, value in packed.items()})
+    return Calibrated(numbers, json.dumps(about["model"], sort_keys=True), leap, force, about["record"])
 
 
 def _tuples(values: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from ddim_ode.diffusion.generative import Generative
 from ddim_ode.solvers import base, multistep, reversible, runge_kutta, single_step
 from ddim_ode.solvers.adaptive import Adaptive
-from ddim_ode.solvers.calibrated import Calibrated, Table
+from ddim_ode.solvers.calibrated import Calibrated, Leap, Table
 from ddim_ode.solvers.implicit import ImplicitMidpoint, Inverse
 from ddim_ode.solvers.ipndm import Ipndm
 from ddim_ode.solvers.references import Scipy, TorchDiffEq
@@ -19,7 +19,7 @@ __all__ = ["from_config", "to_config"]
 _CLASSES: dict[Any, Any] = {
     kind.__name__: kind
     for kind in (
-        Adaptive, Calibrated, Generative, ImplicitMidpoint, Inverse, Ipndm, Scipy, TorchDiffEq, multistep.Multistep, multistep.Flow,
+        Adaptive, Calibrated, Generative, ImplicitMidpoint, Inverse, Ipndm, Leap, Scipy, TorchDiffEq, multistep.Multistep, multistep.Flow,
         reversible.AsynchronousLeapfrog, reversible.McCallumFoster, reversible.TwoStep, runge_kutta.RungeKutta,
         runge_kutta.Tableau, runge_kutta.Inside, single_step.SingleStep, Table,
     )
