@@ -708,7 +708,7 @@ class _Study:
                 except ValueError:  # levels that no table is for
                     continue
             found = min(tried, key=lambda j: j.mean, default=now)
-            if not found.mean < 0.999 * now.mean:
+            if not found.mean < 0.99 * now.mean:
                 break
             now = found
             best, since = (now, 0) if now.mean_held < best.mean_held else (best, since + 1)
