@@ -56,7 +56,7 @@ CONTESTED = (5, 10, 20)
 #: Trajectories given, and latents that errors are measured on.
 GIVEN = {"network-cifar10": 24}
 OTHERWISE = 48
-UNSEEN = {"network": 32, "network-cifar10": 12}
+UNSEEN = {"digits": 512, "network": 32, "network-cifar10": 12}
 MANY = 128
 NUMBERS = (4, 8, 16, 32, 64)
 #: Calibrated error over that of the best peer, on networks, at most.
@@ -77,9 +77,8 @@ def solver(name: str, task: Problem, nfe: int, direction: str, n: int) -> Calibr
     return found
 
 
-def errors(x: Tensor, wanted: Tensor) -> dict[str, float]:
-    """RMS over all, the geometric mean of that of each sample, and the worst."""
-    each = rms(x, wanted)
+def errors(each: Tensor) -> dict[str, float]:
+    """Of the samples' errors: RMS over all, the geometric mean, and the worst."""
     return {
         "rms": float(each.square().mean().sqrt()),
         "geometric": float(each.clamp(min=1e-300).log().mean().exp()),
@@ -87,11 +86,27 @@ def errors(x: Tensor, wanted: Tensor) -> dict[str, float]:
     }
 
 
-def run(task: Problem, direction: str, **options: Any) -> dict[str, float]:
-    """Errors of one run over the latents, or over the images that they lead to."""
+def run(task: Problem, direction: str, **options: Any) -> Tensor:
+    """The error of each sample in one run over the latents, or over the images that they lead to."""
     if direction == "sample":
-        return errors(ddim_ode.sample(task.field, task.latent, **options).x, task.exact)
-    return errors(ddim_ode.encode(task.field, task.exact, data_range=None, **options).x, task.latent)
+        return rms(ddim_ode.sample(task.field, task.latent, **options).x, task.exact)
+    return rms(ddim_ode.encode(task.field, task.exact, data_range=None, **options).x, task.latent)
+
+
+def both(task: Problem, direction: str, nfe: int, own: Calibrated) -> dict[str, Any]:
+    """Errors of a calibrated solver and of the default, and in how many samples the first is the nearer."""
+    each, default = run(task, direction, solver=own), run(task, direction, nfe=nfe)
+    nearer = int((each < default).sum())
+    return {"calibrated": errors(each), "default": errors(default), "nearer": nearer} | told(own)
+
+
+def round_trips(task: Problem, nfe: int, up: Calibrated, down: Calibrated) -> dict[str, dict[str, float]]:
+    """Errors of the images that come back from the latents alone, by calibrated solvers both ways and by the defaults."""
+    found = {}
+    for how, there, back in (("calibrated", {"solver": up}, {"solver": down}), ("default", {"nfe": nfe}, {"nfe": nfe})):
+        latent = ddim_ode.encode(task.field, task.exact, data_range=None, **there).x
+        found[how] = errors(rms(ddim_ode.sample(task.field, latent, **back).x, task.exact))
+    return found
 
 
 Save = Callable[[Any], None]
@@ -108,9 +123,10 @@ def unseen(name: str, known: dict[str, Any], had: dict[str, Any], save: Save) ->
         if any((row["direction"], row["nfe"]) == (direction, nfe) for row in rows):
             continue
         own = solver(name, task, nfe, direction, given)
-        row: dict[str, Any] = {"direction": direction, "nfe": nfe, "calibrated": run(task, direction, solver=own)}
-        row |= {"default": run(task, direction, nfe=nfe)} | told(own)
-        if direction == "sample":
+        row: dict[str, Any] = {"direction": direction, "nfe": nfe} | both(task, direction, nfe, own)
+        if direction == "encode":
+            row["round_trip"] = round_trips(task, nfe, own, solver(name, task, nfe, "sample", given))
+        else:
             row["calls_of_default"] = worth(task, nfe, row["calibrated"]["geometric"])
         rows = [*rows, row | circumstances(task.field, torch.float64)]
         save(about | {"rows": rows, "peers": found})
@@ -123,15 +139,15 @@ def told(own: Calibrated) -> dict[str, Any]:
     """What a calibration says of itself."""
     record = own.record
     return {
-        "kept": record["kept"], "stages": record["stages"], "gap": record["gap"], "calls": record["calls"], "seconds": record["seconds"],
-        "high_frequencies": record["high_frequencies"], "reference": record["reference"],
+        "kept": record["kept"], "leap": record["leap"], "stages": record["stages"], "gap": record["gap"], "calls": record["calls"],
+        "seconds": record["seconds"], "high_frequencies": record["high_frequencies"], "reference": record["reference"],
     }  # fmt: skip
 
 
 def worth(task: Problem, nfe: int, error: float) -> int | None:
     """How many calls the default takes to be as accurate, by the geometric mean; None: more than 50."""
     more = range(nfe, 51)
-    return next((calls for calls in more if run(task, "sample", nfe=calls)["geometric"] <= error), None)
+    return next((calls for calls in more if errors(run(task, "sample", nfe=calls))["geometric"] <= error), None)
 
 
 def contest(name: str, task: Problem, known: dict[str, Any]) -> dict[str, Any]:
@@ -163,8 +179,7 @@ def trajectories(name: str, had: list[dict[str, Any]], save: Save) -> None:
         if any((row["nfe"], row["n"]) == (nfe, n) for row in rows):
             continue
         own = solver(name, task, nfe, "sample", n)
-        row = {"nfe": nfe, "n": n, "calibrated": run(task, "sample", solver=own)}
-        row |= {"default": run(task, "sample", nfe=nfe)} | told(own)
+        row = {"nfe": nfe, "n": n} | both(task, "sample", nfe, own)
         rows = [*rows, row | circumstances(task.field, torch.float64)]
         save(rows)
         print(f"{name} {nfe} calls from {n}: {row['calibrated']}, {own.record['kept']}", flush=True)
@@ -212,9 +227,9 @@ def _error(x: float) -> str:
 def table_unseen(record: dict[str, Any]) -> str:
     """Errors by problem, direction and calls."""
     lines = [
-        "| problem (D) | way | calls | calibrated: RMS | default | ratio | geometric mean | default | ratio "
-        "| best peer, RMS | ratio | kept | gap |",
-        "|---" * 13 + "|",
+        "| problem (D) | way | calls | calibrated: RMS | default | ratio | geometric mean | default | ratio | nearer "
+        "| best peer, RMS | ratio | kept | calls from σ | gap |",
+        "|---" * 15 + "|",
     ]
     for name, found in record["unseen"].items():
         for row in sorted(found["rows"], key=lambda row: DIRECTIONS.index(row["direction"])):
@@ -222,6 +237,7 @@ def table_unseen(record: dict[str, Any]) -> str:
             cells = [f"{name} ({found['dimension']})", row["direction"], str(row["nfe"])]
             for key in ("rms", "geometric"):
                 cells += [f"**{_error(own[key])}**", _error(default[key]), f"{own[key] / default[key]:.2f}"]
+            cells.append(f"{row['nearer']} of {found['latents']}")
             peer = best_peer(found, row["nfe"]) if row["direction"] == "sample" else None
             if peer is None:
                 cells += ["", ""]
@@ -232,8 +248,26 @@ def table_unseen(record: dict[str, Any]) -> str:
                     f"{_error(peer[1])} ({peer[0]})",
                     f"{ratio:.2f}" + (f" (target {TARGETS[row['nfe']]:g}: missed)" if missed else ""),
                 ]
-            cells += [row["kept"], f"{row['gap']:.2f}"]
+            level = "σ_T" if row["leap"] is None else f"{row['leap']:.3g}"
+            cells += [row["kept"], level, f"{row['gap']:.2f}"]
             lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def table_round_trips(record: dict[str, Any]) -> str:
+    """What comes back from latents alone, there and back in the same number of calls each."""
+    lines = [
+        "| problem | calls each way | calibrated: RMS | default | ratio | geometric mean | default | ratio |",
+        "|---" * 8 + "|",
+    ]
+    for name, found in record["unseen"].items():
+        for row in found["rows"]:
+            if row["direction"] == "encode":
+                own, default = row["round_trip"]["calibrated"], row["round_trip"]["default"]
+                cells = [name, str(row["nfe"])]
+                for key in ("rms", "geometric"):
+                    cells += [f"**{_error(own[key])}**", _error(default[key]), f"{own[key] / default[key]:.2f}"]
+                lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -292,8 +326,10 @@ def table_quality(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"unseen": (table_unseen, "unseen"), "cost": (table_cost, "unseen"), "trajectories": (table_trajectories, "trajectories"),
-          "quality": (table_quality, "quality")}  # fmt: skip
+TABLES = {
+    "unseen": (table_unseen, "unseen"), "round-trips": (table_round_trips, "unseen"), "cost": (table_cost, "unseen"),
+    "trajectories": (table_trajectories, "trajectories"), "quality": (table_quality, "quality"),
+}  # fmt: skip
 
 
 def figure(record: dict[str, Any]) -> Figure:
