@@ -64,7 +64,9 @@ HISTORY = 5
 #: What the shrinkage of least squares is chosen from, relative to the squares of what it is about.
 SHRINKAGE = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 #: And that of a Gauss–Newton step.
-DAMPING = (1e-3, 1e-2, 1e-1, 1.0)
+DAMPING = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+#: What a step must leave of an error to be worth another.
+ENOUGH = 0.99
 #: Differences: of numbers, in units of the step, and of levels, in shares of the gap to the nearer neighbour.
 _H, _MOVE = 1e-3, 1e-2
 #: Nodes kept of a reference, for the states on its way.
@@ -88,7 +90,7 @@ def calibrate(
     n: int | None = None,
     seed: int = 0,
     direction: str = "sample",
-    refine: int = 6,
+    refine: int = 4,
     consistent: bool = False,
     reference_nfe: int = 400,
     batch_size: int = 64,
@@ -112,7 +114,8 @@ def calibrate(
     direction : {"sample", "encode"}
         Which way.
     refine : int
-        Gauss–Newton steps of the last stage, at most. Each costs about ``3 nfe²`` calls on every trajectory fitted to; 0 leaves it out.
+        How often the last stage finds derivatives anew, at most. Each time costs about ``3 nfe²`` calls on every trajectory fitted to; 0
+        leaves it out.
     consistent : bool
         Keep what is exact for constant ε: the coefficients of each step add up to the σ it goes. It costs accuracy, and keeps
         colours and means as they are.
@@ -553,7 +556,8 @@ class _Judged:
     each: Tensor
     calls: int
     member: _Member
-    #: The trajectory ends of what was held back.
+    #: Where trajectories end: of what was fitted to, and of what was held back.
+    own_ends: Tensor
     ends: Tensor
 
     @property
@@ -607,9 +611,11 @@ class _Study:
         member = made if isinstance(made, _Member) else _Member.of(*made, self.consistent)
         program = member.program()
         total = lambda each: float(each.square().mean().sqrt())
-        fitted, _ = self._errors(program, self.batches)
+        fitted, own_ends = self._errors(program, self.batches)
         held, ends = self._errors(program, self.held_batches)
-        return _Judged(stage, program, total(fitted), total(held), fitted, held, self.task.calls, member, ends)
+        return _Judged(
+            stage, program, total(fitted), total(held), fitted, held, self.task.calls, member, own_ends, ends
+        )
 
     # -- the stages
     def run(self, bases: list[tuple[Solver, Grid]], refine: int) -> None:
@@ -685,53 +691,79 @@ class _Study:
         return history[j - 1] - history[0] if self.consistent else history[j - 1]
 
     def _descend(self, member: _Member, iterations: int, levels_only: bool = False) -> _Member:
-        """Gauss–Newton steps on the ends, until they help what was held back no more."""
+        """Gauss–Newton steps on the ends, until they help what was held back no more.
+
+        Derivatives cost hundreds of runs and a step costs a few, so they are used again, put right along each step by what the step
+        did (Broyden 1965), until that gains too little.
+        """
         now = best = self.judge("", member)
         since = 0
         if levels_only and member.moving.stop == member.moving.start:
             return member  # no level can move
         for i in range(iterations):
             self.advance(
-                f"Gauss–Newton, step {i + 1} of {iterations} at most: mean error {now.mean:.4g}, held back {now.mean_held:.4g}"
+                f"Gauss–Newton, derivatives {i + 1} of {iterations} at most: mean error {now.mean:.4g}, held back {now.mean_held:.4g}"
             )
             at = [] if levels_only else now.member.free()
-            hessian, gradient = self._normal(now.member, at)
-            tried = []
-            for damping in DAMPING:
-                damped = (
-                    hessian + damping * np.diag(np.diag(hessian)) + 1e-14 * np.trace(hessian) * np.eye(len(hessian))
-                )
-                step = -np.linalg.lstsq(damped, gradient, rcond=None)[0]
-                try:
-                    there = now.member.plus(at, step[: len(at)]).moved(step[len(at) :])
-                    tried.append(self.judge("", there))
-                except ValueError:  # levels that no table is for
-                    continue
-            found = min(tried, key=lambda j: j.mean, default=now)
-            if not found.mean < 0.99 * now.mean:
-                break
-            now = found
-            best, since = (now, 0) if now.mean_held < best.mean_held else (best, since + 1)
-            if since == 2:
+            slopes, before = self._slopes(now.member, at), now
+            while (found := self._step(now, at, slopes)) is not None and found[0].mean < 0.999 * now.mean:
+                there, step = found
+                enough = there.mean < ENOUGH * now.mean
+                self._correct(slopes, step, there.own_ends - now.own_ends)
+                now = there
+                best, since = (now, 0) if now.mean_held < best.mean_held else (best, since + 1)
+                if since == 2:
+                    return best.member
+                if not enough:
+                    break
+            if not now.mean < ENOUGH * before.mean:
                 break
         return best.member
 
-    def _normal(self, member: _Member, at: list[tuple[int, int]]) -> tuple[Array, Array]:
-        """JᵀWJ and JᵀWr of the ends, by numbers `at` and by the inner levels; W is one over the error of each sample."""
+    def _correct(self, slopes: list[Tensor], step: Array, change: Tensor) -> None:
+        """Make derivatives say of a step what it did, and of all directions across it what they said before."""
+        along = torch.as_tensor(step, device=change.device)
+        for slope, did in zip(slopes, change.split(self.task.size), strict=True):
+            missed = (did / self.task.unit).flatten(1) - torch.einsum("k,kbd->bd", along, slope)
+            slope += torch.einsum("k,bd->kbd", along / along.square().sum(), missed)
+
+    def _step(self, now: _Judged, at: list[tuple[int, int]], slopes: list[Tensor]) -> tuple[_Judged, Array] | None:
+        """The best of the steps that these derivatives lead to, by how much they are damped; None: all lead to levels no table is for."""
+        count = len(slopes[0])
+        hessian, gradient = np.zeros((count, count)), np.zeros(count)
+        for slope, end, part in zip(slopes, now.own_ends.split(self.task.size), self.batches, strict=True):
+            left = ((end - part.exact) / self.task.unit).flatten(1)
+            # One over the error of each sample.
+            weight = left.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-12).rsqrt()
+            jacobian = (weight * slope).flatten(1)
+            hessian += (jacobian @ jacobian.T).numpy(force=True)
+            gradient += (jacobian @ (weight * left).flatten()).numpy(force=True)
+        tried = []
+        for damping in DAMPING:
+            # A floor, for what hardly counts at the ends must not be moved far for little.
+            damped = hessian + damping * np.diag(np.diag(hessian) + 1e-3 * np.trace(hessian) / count)
+            step = -np.linalg.lstsq(damped, gradient, rcond=None)[0].astype(np.float64)
+            try:
+                there = now.member.plus(at, step[: len(at)]).moved(step[len(at) :])
+                tried.append((self.judge("", there), step))
+            except ValueError:
+                continue
+        return min(tried, key=lambda found: found[0].mean, default=None)
+
+    def _slopes(self, member: _Member, at: list[tuple[int, int]]) -> list[Tensor]:
+        """Derivatives of the ends of each batch, (K, b, D), by numbers `at` and by the levels that can move."""
         program = member.program()
         numbers = program.numbers
         knobs = [(member.plus([place], np.array([_H])).program(), _H) for place in at]
         levels = np.eye(member.moving.stop - member.moving.start)
         knobs += [(member.moved(_MOVE * level).program(), _MOVE) for level in levels]
         firsts = [_first_change(numbers, other.numbers) for other, _ in knobs]
-        hessian, gradient = np.zeros((len(knobs), len(knobs))), np.zeros(len(knobs))
+        slopes = []
         with torch.no_grad():
             for part in self.batches:
                 ask = self.task.bind(part, numbers.sigmas)
                 kept: list[tuple[Tensor, History]] = []
                 end = program.run(ask, part.start, kept)
-                left = ((end - part.exact) / self.task.unit).flatten(1)
-                weight = left.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-12).rsqrt()
                 rows = []
                 for first, (other, h) in zip(firsts, knobs, strict=True):
                     if first is None:
@@ -740,11 +772,9 @@ class _Study:
                         x_bar, history = kept[first]
                         moved = _advance(other.numbers, first, x_bar, history)
                         there = other.leave(_roll(ask, other.numbers, moved, first + 1, history))
-                    rows.append((weight * ((there - end) / (h * self.task.unit)).flatten(1)).flatten())
-                jacobian = torch.stack(rows)
-                hessian += (jacobian @ jacobian.T).numpy(force=True)
-                gradient += (jacobian @ (weight * left).flatten()).numpy(force=True)
-        return hessian, gradient
+                    rows.append(((there - end) / (h * self.task.unit)).flatten(1))
+                slopes.append(torch.stack(rows))
+        return slopes
 
     # -- what came of it
     def result(

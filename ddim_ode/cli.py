@@ -1232,7 +1232,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--latent", help="latents (.npz or .npy) instead of drawn ones")
     images(p, help="for encoding, images: {} (default: what the model makes of the latents)")
     p.add_argument(
-        "--refine", type=int, default=6, help="steps of the last stage, at most; its calls grow as nfe² (default: 6)"
+        "--refine",
+        type=int,
+        default=4,
+        help="derivatives of the last stage, at most; its calls grow as nfe² (default: 4)",
     )
     p.add_argument(
         "--consistent", action="store_true", help="keep what is exact for constant ε: colours stay, accuracy is less"
