@@ -49,7 +49,7 @@ from ddim_ode.noise import POPULATION, check_seed, draw, noise
 from ddim_ode.quality import Features
 from ddim_ode.sampling import DEFAULTS, plan, sample
 from ddim_ode.schedule import whole
-from ddim_ode.solution import Status
+from ddim_ode.solution import Status, Step
 from ddim_ode.solvers import Solver, get
 from ddim_ode.solvers.calibrated import HOLDS_FOR, PART, Calibrated, Leap, Table, table
 
@@ -65,6 +65,8 @@ HISTORY = 5
 SHRINKAGE = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 #: And that of a Gauss–Newton step.
 DAMPING = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+#: Differences that are none: what float64 makes of hundreds of steps.
+ROUNDING = 1e-8
 #: What a step must leave of an error to be worth another.
 ENOUGH = 0.99
 #: Differences: of numbers, in units of the step, and of levels, in shares of the gap to the nearer neighbour.
@@ -72,6 +74,8 @@ _H, _MOVE = 1e-3, 1e-2
 #: Nodes kept of a reference, for the states on its way.
 _KEPT = 100
 #: Members that are tried for a base beside the default, on the default's grid.
+#: What trajectories are made by.
+REFERENCE = "ab4-rk"
 BASES = {"sample": ("flow3", "flow2"), "encode": ("flowup4",)}
 #: Samples that the Gaussian of the noisy end is taken from, and the calls that the default makes them in.
 SAMPLES_SEEN, SAMPLES_NFE = 256, 10
@@ -158,14 +162,16 @@ def calibrate(
     study = _Study(task, fitted, held, consistent, advance, far)
     default = study.judge("default", unfitted)
     study.stages.append(default)
-    if known.difference > 0.2 * default.held:
+    exact = known.difference > 0.2 * default.held
+    if exact and known.difference > ROUNDING:
         raise ValueError(
             f"the reference does not converge, or not beyond what the default does: at {reference_nfe} and {reference_nfe // 2} "
             "calls its two resolutions differ by "
             f"{known.difference:.2g} RMS, and the default at {nfe} calls is off it by {default.held:.2g}: give a larger reference_nfe"
         )
-    study.run(base, refine)
-    return study.result(known, began, seed if latents is None and images is None else None, network)
+    if not exact:  # nothing is seen below what the reference is good for, and there the default is exact
+        study.run(base, refine)
+    return study.result(known, began, seed, network)
 
 
 Unfitted = tuple[Solver, Grid]
@@ -191,6 +197,7 @@ def check_calibration(
     whole(refine, "refine, the steps of refinement,", 0)
     reference_nfe = whole(reference_nfe, "reference_nfe", 4 * nfe)
     whole(batch_size, "batch_size")
+    check_seed(seed)
     start = _starts(field, latents, images, n, seed, direction)
     if network is not None:
         if direction == "encode":
@@ -218,7 +225,7 @@ def _starts(
     if given is None:
         if field.shape is None:
             raise ValueError("n needs to know the shape of a sample: make the field with shape=(...), or give latents=")
-        given = noise(field.shape, SAMPLES if n is None else whole(n, "n"), check_seed(seed))
+        given = noise(field.shape, SAMPLES if n is None else whole(n, "n"), seed)
         given = given.to(field.device or "cpu")
         name = "n"
     else:
@@ -243,8 +250,7 @@ class _Half:
     rows: Tensor
 
     def __getitem__(self, chosen: Tensor) -> _Half:
-        slopes = tuple(None if x is None else x[chosen] for x in self.path.slopes)
-        path = Dense(self.path.sigmas, self.path.x_bar[:, chosen], slopes, self.path.order)
+        path = replace(self.path, x_bar=self.path.x_bar[:, chosen])
         return _Half(self.start[chosen], self.exact[chosen], path, self.rows[chosen])
 
     def split(self, size: int) -> list[_Half]:
@@ -272,52 +278,54 @@ class _Reference:
 
 
 def _reference(task: _Task, given: Tensor, are_images: bool, nfe: int) -> _Reference:
+    """Trajectories from latents, or to them from images, and how far a run of half as many calls ends from what is known.
+
+    That is what errors will be of: where runs down from the same latents end, or up from the same images; and where images were made
+    of latents to be encoded, how far from those latents the encoding of them ends.
+    """
     field, up = task.field, task.direction == "encode"
-    method = get("ab4-rk")
-    top = field.schedule.sigma_max
-    scale = math.sqrt(1.0 + top * top)
-    first = given if are_images else given * scale
-    runs = []
     before = task.calls
-    for budget in (nfe, nfe // 2):
-        grid = Grid.make("asinh", field.schedule, method.steps(budget), c=0.05)
-        grid = grid.reversed() if are_images else grid
-        ends, pieces, good = [], [], []
-        for rows in torch.arange(len(first), device=first.device).split(task.size):
-            # Batches share the nodes; states between are wanted of the finer run only.
-            run = integrate(field, first[rows], grid, method, rows=rows, dense=budget == nfe)
-            task.calls += run.nfe * len(rows)
-            ends.append(run.x_bar)
-            good += [status is Status.SUCCESS for status in run.status]
-            pieces += [_thinned(piece) for piece in run.dense]
-        runs.append((torch.cat(ends), pieces, torch.tensor(good, device=first.device)))
-    (end, pieces, fine), (other, _, also) = runs
+    first = given if are_images else given * math.sqrt(1.0 + field.schedule.sigma_max**2)
+    end, path, fine = _accurate(task, first, nfe, are_images, keep=True)
+    if up and not are_images:
+        other, _, also = _accurate(task, end, nfe // 2, True)
+        start, exact = end, first
+    else:
+        other, _, also = _accurate(task, first, nfe // 2, are_images)
+        start, exact = first, end
     keep = torch.nonzero(fine & also).flatten()
     dropped = tuple(torch.nonzero(~(fine & also)).flatten().tolist())
     if len(keep) < 4:
         raise ValueError(
             f"{len(dropped)} of {len(first)} reference trajectories are not finite, and 4 at least are needed"
         )
-    path = Dense(
-        pieces[0].sigmas,
-        torch.cat([piece.x_bar for piece in pieces], dim=1),
-        tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*(p.slopes for p in pieces), strict=True)),
-        pieces[0].order,
-    )  # fmt: skip
-    start, exact = (end, first) if up and not are_images else (first, end)
-    away = other if are_images or not up else other * scale  # of data, where the latents are what is known
-    found = end if are_images or not up else end * scale
-    difference = float(((away - found)[keep] / task.unit).square().mean().sqrt())
+    difference = float(((other - exact)[keep] / task.unit).square().mean().sqrt())
     every = _Half(start, exact, path, torch.arange(len(first), device=first.device))
-    return _Reference(every[keep], difference, method.name, nfe, task.calls - before, dropped)
+    return _Reference(every[keep], difference, REFERENCE, nfe, task.calls - before, dropped)
 
 
-def _thinned(piece: Dense) -> Dense:
-    """Every so many nodes of a run, in single precision: states that a step is fitted to need no more."""
-    last = piece.sigmas.size - 1
-    kept = np.unique(np.append(np.arange(0, last, max(1, last // _KEPT)), last))
-    slopes = tuple(None if (x := piece.slopes[i]) is None else x.float() for i in kept)
-    return Dense(piece.sigmas[kept], piece.x_bar[torch.from_numpy(kept)].float(), slopes, piece.order)
+def _accurate(task: _Task, first: Tensor, nfe: int, encodes: bool, keep: bool = False) -> tuple[Tensor, Dense, Tensor]:
+    """Run all trajectories; their ends, states on their way, at every so many nodes and in single precision, and which succeeded."""
+    method = get(REFERENCE)
+    grid = Grid.make("asinh", task.field.schedule, method.steps(nfe), c=0.05)
+    grid = grid.reversed() if encodes else grid
+    every = max(1, grid.steps // _KEPT)
+    kept = sorted({*range(0, grid.steps, every), grid.steps}) if keep else [0]
+    ends, parts, good = [], [], []
+    for rows in torch.arange(len(first), device=first.device).split(task.size):
+        states = [first[rows].float()]
+
+        def watch(step: Step, states: list[Tensor] = states) -> None:
+            if step.index + 1 in kept:
+                states.append(step.x_bar.float())
+
+        run = integrate(task.field, first[rows], grid, method, rows=rows, callback=watch)
+        task.calls += run.nfe * len(rows)
+        ends.append(run.x_bar)
+        parts.append(torch.stack(states))
+        good += [status is Status.SUCCESS for status in run.status]
+    path = Dense(grid.sigmas[kept], torch.cat(parts, dim=1), (None,) * len(kept), method.order)
+    return torch.cat(ends), path, torch.tensor(good, device=first.device)
 
 
 # -- the noisy end ------------------------------------------------------------------------------
@@ -333,9 +341,7 @@ class _Far:
         self.directions = directions[:count].numpy(force=True).astype("<f2").astype(np.float64)
         self.variance = variance[:count]
         self.rest = float(variance[count:].sum()) / max(1, flat.shape[1] - count)
-        slopes = (None if slope is None else slope.double().mean(dim=0, keepdim=True) for slope in half.path.slopes)
-        states = half.path.x_bar.double().mean(dim=1, keepdim=True)
-        self.path = Dense(half.path.sigmas, states, tuple(slopes), half.path.order)
+        self.path = replace(half.path, x_bar=half.path.x_bar.double().mean(dim=1, keepdim=True))
         #: The mean of the trajectories where they end at σ_T.
         self.end = (half.exact if encodes else half.start).flatten(1).mean(dim=0).numpy(force=True)
         self.encodes, self.top = encodes, top
@@ -366,7 +372,7 @@ class _Far:
         there = self.path(level).flatten().numpy(force=True)
         before, after = (there, self.end) if self.encodes else (self.end, there)
         moved = gain * before + ((gains - gain) * (self.directions @ before)) @ self.directions
-        return Leap.of(gain, gains, self.directions, after - moved)
+        return Leap.of(self.top, gain, gains, self.directions, after - moved)
 
 
 # -- running tables -----------------------------------------------------------------------------
@@ -512,19 +518,27 @@ class _Member:
             added[n, j] += amount
         return replace(self, added=added)
 
-    def moved(self, amounts: Array) -> _Member:
-        """Nodes moved, by shares of the gap to the nearer neighbour in the clock σ/(1 + σ); less than a half each."""
-        sigmas, at = self.grid.sigmas, self.moving
-        u = sigmas / (1.0 + sigmas)
+    def rooms(self) -> Array:
+        """How far each node that can move is from its nearer neighbour, in the clock σ/(1 + σ)."""
+        u = self.grid.sigmas / (1.0 + self.grid.sigmas)
         ends = np.array([u[0], u[-1]])
         if self.far is not None:  # where a leap ends, the next node is σ_T
             ends[-1 if self.far.encodes else 0] = self.far.top / (1.0 + self.far.top)
         gaps = np.abs(np.diff(np.concatenate((ends[:1], u, ends[1:]))))
-        room = np.minimum(gaps[:-1], gaps[1:])
-        u[at] += np.clip(amounts, -0.45, 0.45) * room[at]
-        new = sigmas.copy()
-        new[at] = u[at] / (1.0 - u[at])
+        return np.minimum(gaps[:-1], gaps[1:])[self.moving]
+
+    def moved(self, amounts: Array) -> _Member:
+        """Nodes moved, by shares of their rooms, less than a half each."""
+        new = self.grid.sigmas.copy()
+        # Nodes that stay stay to the last bit: what a run does before the first change is not done again.
+        at = np.arange(new.size)[self.moving][amounts != 0.0]
+        u = new[at] / (1.0 + new[at]) + (amounts * self.rooms())[amounts != 0.0]
+        new[at] = u / (1.0 - u)
         return replace(self, grid=Grid(new, self.grid.schedule, self.grid.name))
+
+    def units(self, at: list[tuple[int, int]]) -> Array:
+        """What the numbers `at` and the levels that can move are counted in."""
+        return np.append(_scales(self.table())[[n for n, _ in at]], self.rooms())
 
 
 def _scales(numbers: Table) -> Array:
@@ -626,18 +640,17 @@ class _Study:
             tried += [self.judge("base", m.over(self.far, level)) for m in plain for level in self.far.levels()]
         first = min(tried, key=lambda j: j.mean)
         self.advance("coefficients by least squares")
-        best = self._coefficients(first.member, "coefficients")
-        self.stages.append(best)
-        at = first.member
+        self.stages.append(self._coefficients(first.member, "coefficients"))
         for turn in range(2):
             self.advance(f"levels, turn {turn + 1}")
-            at = self._descend(replace(at, added=np.zeros_like(at.added)), 3, levels_only=True)
-            found = self._coefficients(at, "coefficients and grid")
-            if turn == 0 or found.held < self.stages[-1].held:
-                self.stages[2:] = [found]
-            if turn > 0 and found.held > 0.98 * best.held:
+            best = min([first, *self.stages[1:]], key=lambda j: j.held)
+            found = self._coefficients(self._descend(best.member, 3, levels_only=True), "coefficients and grid")
+            if turn == 0:
+                self.stages.append(found)
+            elif found.held < self.stages[-1].held:
+                self.stages[-1] = found
+            if not found.held < 0.98 * best.held:
                 break
-            best = min(best, found, key=lambda j: j.held)
         if refine:
             begin = min([first, *self.stages[1:]], key=lambda j: j.held).member
             self.stages.append(self.judge("refined", self._descend(begin, refine)))
@@ -672,11 +685,17 @@ class _Study:
                         continue
                     last = n + 1 == numbers.steps and not (program.encodes and program.leap is not None)
                     wanted = part.exact if last else part.path(numbers.sigmas[n + 1]).to(x_bar.dtype)
-                    left = (wanted - _advance(numbers, n, x_bar, history)).flatten()
-                    columns = torch.stack([self._regressor(j, x_bar, history).flatten() for j in own]) * scales[n]
+                    left = (wanted - _advance(numbers, n, x_bar, history)).flatten(1)
+                    columns = torch.stack([self._regressor(j, x_bar, history).flatten(1) for j in own]) * scales[n]
+                    # A sample that has left where the network is finite has no say.
+                    lost = ~(left.isfinite().all(dim=1) & columns.isfinite().all(dim=2).all(dim=0))
+                    left, columns = (
+                        left.masked_fill(lost[:, None], 0.0).flatten(),
+                        columns.masked_fill(lost[:, None], 0.0).flatten(1),
+                    )
                     gram += (columns @ columns.T).numpy(force=True)
                     against += (columns @ left).numpy(force=True)
-                if own:
+                if own and np.isfinite(gram).all() and np.isfinite(against).all():
                     diagonal = np.diag(np.diag(gram))
                     theta = np.linalg.lstsq(gram + shrinkage * diagonal, against, rcond=1e-14)[0].astype(np.float64)
                     member = member.plus([(n, j) for j in own], theta)
@@ -710,6 +729,9 @@ class _Study:
                 there, step = found
                 enough = there.mean < ENOUGH * now.mean
                 self._correct(slopes, step, there.own_ends - now.own_ends)
+                more = there.member.units(at) / now.member.units(at)
+                for slope in slopes:
+                    slope *= torch.as_tensor(more, dtype=slope.dtype, device=slope.device)[:, None, None]
                 now = there
                 best, since = (now, 0) if now.mean_held < best.mean_held else (best, since + 1)
                 if since == 2:
@@ -722,31 +744,38 @@ class _Study:
 
     def _correct(self, slopes: list[Tensor], step: Array, change: Tensor) -> None:
         """Make derivatives say of a step what it did, and of all directions across it what they said before."""
-        along = torch.as_tensor(step, device=change.device)
+        share = (step / np.square(step).sum()).tolist()
         for slope, did in zip(slopes, change.split(self.task.size), strict=True):
-            missed = (did / self.task.unit).flatten(1) - torch.einsum("k,kbd->bd", along, slope)
-            slope += torch.einsum("k,bd->kbd", along / along.square().sum(), missed)
+            along = torch.as_tensor(step, dtype=slope.dtype, device=slope.device)
+            missed = _finite((did / self.task.unit).flatten(1)).to(slope.dtype) - torch.einsum(
+                "k,kbd->bd", along, slope
+            )
+            for own, part in zip(slope, share, strict=True):
+                own.add_(missed, alpha=part)
 
     def _step(self, now: _Judged, at: list[tuple[int, int]], slopes: list[Tensor]) -> tuple[_Judged, Array] | None:
-        """The best of the steps that these derivatives lead to, by how much they are damped; None: all lead to levels no table is for."""
+        """The best of the steps that these derivatives lead to, by how much they are damped; None: there is none."""
         count = len(slopes[0])
         hessian, gradient = np.zeros((count, count)), np.zeros(count)
         for slope, end, part in zip(slopes, now.own_ends.split(self.task.size), self.batches, strict=True):
-            left = ((end - part.exact) / self.task.unit).flatten(1)
+            left = _finite(((end - part.exact) / self.task.unit).flatten(1))
             # One over the error of each sample.
             weight = left.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-12).rsqrt()
             jacobian = (weight * slope).flatten(1)
             hessian += (jacobian @ jacobian.T).numpy(force=True)
             gradient += (jacobian @ (weight * left).flatten()).numpy(force=True)
+        if not (np.isfinite(hessian).all() and np.isfinite(gradient).all()):
+            return None
         tried = []
         for damping in DAMPING:
             # A floor, for what hardly counts at the ends must not be moved far for little.
             damped = hessian + damping * np.diag(np.diag(hessian) + 1e-3 * np.trace(hessian) / count)
             step = -np.linalg.lstsq(damped, gradient, rcond=None)[0].astype(np.float64)
+            step[len(at) :] = np.clip(step[len(at) :], -0.45, 0.45)
             try:
                 there = now.member.plus(at, step[: len(at)]).moved(step[len(at) :])
                 tried.append((self.judge("", there), step))
-            except ValueError:
+            except ValueError:  # levels that no table is for
                 continue
         return min(tried, key=lambda found: found[0].mean, default=None)
 
@@ -772,19 +801,21 @@ class _Study:
                         x_bar, history = kept[first]
                         moved = _advance(other.numbers, first, x_bar, history)
                         there = other.leave(_roll(ask, other.numbers, moved, first + 1, history))
-                    rows.append(((there - end) / (h * self.task.unit)).flatten(1))
+                    # Of a number whose change leads where the network is not finite nothing is known, and nothing comes of it.
+                    rows.append(_finite(((there - end) / (h * self.task.unit)).flatten(1)))
                 slopes.append(torch.stack(rows))
         return slopes
 
     # -- what came of it
     def result(
-        self, known: _Reference, began: float, seed: int | None, network: Callable[[Tensor], Tensor] | None
+        self, known: _Reference, began: float, seed: int, network: Callable[[Tensor], Tensor] | None
     ) -> Calibrated:
         """The stage that is kept, as a solver with its record."""
         default = self.stages[0]
         kept = min((j for j in self.stages if j.beats(default)), key=lambda j: j.mean_held, default=default)
         field = self.task.field
         model = {name: value for name, value in field.describe().items() if name in HOLDS_FOR}
+        model["shape"] = list(self.fitted.start.shape[1:])
         record: dict[str, Any] = {
             "kept": kept.stage,
             "direction": self.task.direction,
@@ -818,6 +849,11 @@ class _Study:
         wanted = see(self.held.exact)
         far = lambda ends: float((see(ends).values - wanted.values).square().sum(dim=1).mean().sqrt())
         return {"network": wanted.network, "default": far(default.ends), "kept": far(kept.ends)}
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Zero where it is not finite."""
+    return x.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _first_change(a: Table, b: Table) -> int | None:

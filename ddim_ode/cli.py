@@ -900,7 +900,7 @@ def _run_options(o: argparse.Namespace, field: EpsilonField, direction: str, sol
         raise ValueError(
             f"--grid {o.grid} lays out steps, but {solver.name} chooses its own by its tolerances: leave one of them out"
         )
-    plan(field, direction, solver, o.grid, o.steps, o.nfe)[0].check_field(field)
+    plan(field, direction, solver, o.grid, o.steps, o.nfe)
     return {
         "steps": o.steps,
         "nfe": o.nfe,

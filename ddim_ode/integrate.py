@@ -123,7 +123,7 @@ def integrate(
         raise ValueError("gradients are never recorded in torch.inference_mode(): leave it, or use torch.no_grad()")
     if field.clips and grid.encoding:
         raise ValueError("a field that clips or thresholds the predicted data cannot encode: make one without")
-    levels = None if save_at is None else _levels(save_at, grid)
+    levels = None if save_at is None else _levels(save_at, grid.sigmas[method.between(grid)])
     check_state(field, x_bar, "x_bar")
     if second is not None:
         check_state(field, second, "second")
@@ -148,8 +148,8 @@ def integrate(
     return replace(run, saved=saved, dense=run.dense if dense else ())
 
 
-def _levels(save_at: Sequence[float], grid: Grid) -> list[float]:
-    low, high = float(grid.sigmas.min()), float(grid.sigmas.max())
+def _levels(save_at: Sequence[float], sigmas: Any) -> list[float]:
+    low, high = float(sigmas.min()), float(sigmas.max())
     levels = onto_ends(as_numbers(save_at), low, high)
     if levels.ndim != 1 or not levels.size or not np.all((levels >= low) & (levels <= high)):
         raise ValueError(f"save_at must be sigmas in the run, {low:.10g} to {high:.10g}, but got {save_at!r}")
@@ -268,7 +268,8 @@ def _run(
     if dense and evaluate.visits:
         pieces = _each_dense(evaluate.visits, count, solver.order)
     elif dense and kept is not None:
-        pieces = (Dense(grid.sigmas[: done + 1], kept, (*slopes, None), solver.order),)
+        part = solver.between(grid)
+        pieces = (Dense(grid.sigmas[: done + 1][part], kept[part], (*slopes, None)[part], solver.order),)
     return Solution(
         x_bar,
         tuple(reached),

@@ -216,7 +216,6 @@ def check_code(field: EpsilonField, code: Code, *, force: bool = False, **option
                 f"decode(field, code.latent, solver=...); so does force=True, by the default or the solver that is named{also}"
             )
         solver, nodes = plan(field, "sample", chosen_solver, *(named.get(name) for name in _NODES))
-        solver.check_field(field)
         return {"solver": solver, "grid": nodes}
     solver = get(chosen_solver or code.solver)
     solver.check_field(field)
@@ -428,9 +427,11 @@ def round_trip(
     -------
     RoundTrip
     """
+    if back is None and solver is not None:
+        get(solver).check_field(field)
     there_by, back_by = both_ways(field, solver) if back is None else (solver, back)
     for direction, each in (("encode", there_by), ("sample", back_by)):
-        plan(field, direction, each, grid, steps, nfe)[0].check_field(field)
+        plan(field, direction, each, grid, steps, nfe)
     options: dict[str, Any] = {"steps": steps, "nfe": nfe, "solver": back_by, "grid": grid, "dtype": dtype}
     options |= {"batch_size": batch_size, "progress": progress}
     there = encode(field, images, data_range=data_range, **options | {"solver": there_by})
@@ -572,6 +573,7 @@ def plan(
                 f"grid = {grid!r} needs steps= with {method.name}: the nodes where it must stop on its way"
             )
         grid = [field.schedule.sigma_max, 0.0] if grid is None else grid
+    method.check_field(field)
     own = method.own_grid(field.schedule)
     if own is not None:
         return method, _only(method, own, direction, grid, steps, nfe)

@@ -169,7 +169,8 @@ class Solution:
         """
         if not self.dense:
             raise ValueError("this run kept no dense output: ask for it, dense=True")
-        low, high = float(self.grid.sigmas.min()), float(self.grid.sigmas.max())
+        sigmas = self.grid.sigmas if self.method is None else self.grid.sigmas[self.method.between(self.grid)]
+        low, high = float(sigmas.min()), float(sigmas.max())
         sigma = float(onto_ends(np.float64(sigma), low, high))
         if not low <= sigma <= high:
             raise ValueError(f"sigma must lie in the run, {low:.10g} to {high:.10g}, but got {sigma!r}")

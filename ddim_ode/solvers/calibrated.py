@@ -153,6 +153,8 @@ class Leap:
 
     Parameters
     ----------
+    top : float
+        The σ_T it was made for.
     gain : float
         g, along all other directions.
     gains : tuple of float
@@ -163,16 +165,17 @@ class Leap:
         b, (D,), as float32 in base 64.
     """
 
+    top: float
     gain: float
     gains: tuple[float, ...]
     directions: str
     shift: str
 
     @staticmethod
-    def of(gain: float, gains: Array, directions: Array, shift: Array) -> Leap:
+    def of(top: float, gain: float, gains: Array, directions: Array, shift: Array) -> Leap:
         """From arrays: (r,), (r, D), (D,)."""
         packed = lambda x, kind: base64.b64encode(np.ascontiguousarray(x, dtype=kind).tobytes()).decode()
-        return Leap(float(gain), tuple(gains.tolist()), packed(directions, "<f2"), packed(shift, "<f4"))
+        return Leap(float(top), float(gain), tuple(gains.tolist()), packed(directions, "<f2"), packed(shift, "<f4"))
 
     def on(self, like: Tensor) -> Callable[[Tensor], Tensor]:
         """The step for states of this form; what it holds goes to their device here, once.
@@ -221,7 +224,7 @@ class Calibrated(Solver):
     leap : Leap, optional
         What it goes from the schedule's σ_T to its first level with, or from its last to σ_T on the way up, if those are not σ_T.
     force : bool
-        Whether to run with any model.
+        Whether to run with any model, conditions and shape.
 
     Attributes
     ----------
@@ -259,7 +262,12 @@ class Calibrated(Solver):
         if self.leap is None:
             return nodes
         place = len(nodes.sigmas) if self.encodes else 0
-        return Grid(np.insert(nodes.sigmas, place, schedule.sigma_max), schedule, nodes.name)
+        return Grid(np.insert(nodes.sigmas, place, self.leap.top), schedule, nodes.name)
+
+    def between(self, grid: Grid) -> slice:
+        if self.leap is None:
+            return slice(None)
+        return slice(0, grid.steps) if self.encodes else slice(1, None)
 
     def nfe(self, steps: int) -> int:
         return steps - (self.leap is not None)
@@ -274,6 +282,8 @@ class Calibrated(Solver):
         differ = differences({k: v for k, v in own.items() if k in HOLDS_FOR}, {
             k: v for k, v in field.describe().items() if k in HOLDS_FOR
         })  # fmt: skip
+        if self.leap is not None and field.condition is not None:
+            differ.append("there are conditions, and it leaps over the noisy end as if there were none")
         if differ:
             raise ValueError(
                 f"{self.name} was calibrated for another model: {'; '.join(differ)}. Calibrate for this one, or run it all the "
@@ -286,6 +296,11 @@ class Calibrated(Solver):
         return self.numbers.steps + (self.leap is not None)
 
     def init(self, field: Field, x_bar: Tensor, grid: Grid) -> Any:
+        shape = json.loads(self.model).get("shape")
+        if shape not in (None, list(x_bar.shape[1:])) and not self.force:
+            raise ValueError(
+                f"{self.name} was calibrated for samples of shape {tuple(shape)}, and not {tuple(x_bar.shape[1:])}: calibrate for these"
+            )
         own = self.own_grid(grid.schedule).sigmas
         if grid.sigmas.size != own.size or not np.allclose(grid.sigmas, own, rtol=1e-9, atol=0.0):
             raise ValueError(
@@ -368,7 +383,7 @@ def load_solver(path: str | os.PathLike[str], *, force: bool = False) -> Calibra
     if about["c"] != PART.c:
         raise ValueError(f"{path} is in terms of c = {about['c']!r}, and this version knows {PART.c!r} only")
     numbers = Table(*(_tuples(about[name]) for name in ("sigmas", "propagators", "weights")))
-    packed = about["leap"]
+    packed = about.get("leap")
     leap = None if packed is None else Leap(**{name: _tuples(value) for name, value in packed.items()})
     return Calibrated(numbers, json.dumps(about["model"], sort_keys=True), leap, force, about["record"])
 
