@@ -14,8 +14,9 @@ Run from the root of a checkout::
 
     python -m benchmarks.calibration [--parts …] [--problems …] [--figures-only]
 
-Solvers are kept in ``out/calibration``, and not fitted again where they are: after a change to how they are fitted, remove them; rows that ``calibration.json`` has are not run again
-either, unless ``--again`` is given. Hours on one thread, most of them the networks at 20 calls.
+Solvers are kept in ``out/calibration``, and not fitted again where they are: after a change to how they are fitted, remove them.
+Rows that ``calibration.json`` has are not run again either, unless ``--again`` is given. Hours on one thread, most of them the
+networks at 20 calls.
 """
 
 from __future__ import annotations
