@@ -123,7 +123,7 @@ def integrate(
         raise ValueError("gradients are never recorded in torch.inference_mode(): leave it, or use torch.no_grad()")
     if field.clips and grid.encoding:
         raise ValueError("a field that clips or thresholds the predicted data cannot encode: make one without")
-    levels = None if save_at is None else _levels(save_at, grid.sigmas[method.between(grid)])
+    levels = None if save_at is None else _levels(save_at, grid.sigmas[list(method.between(grid))])
     check_state(field, x_bar, "x_bar")
     if second is not None:
         check_state(field, second, "second")
@@ -268,8 +268,10 @@ def _run(
     if dense and evaluate.visits:
         pieces = _each_dense(evaluate.visits, count, solver.order)
     elif dense and kept is not None:
-        part = solver.between(grid)
-        pieces = (Dense(grid.sigmas[: done + 1][part], kept[part], (*slopes, None)[part], solver.order),)
+        begin, end = solver.between(grid)
+        count = min(end, done) + 1 - begin
+        nodes_ = slice(begin, begin + count)
+        pieces = (Dense(grid.sigmas[nodes_], kept.narrow(0, begin, count), (*slopes, None)[nodes_], solver.order),)
     return Solution(
         x_bar,
         tuple(reached),

@@ -169,7 +169,7 @@ class Solution:
         """
         if not self.dense:
             raise ValueError("this run kept no dense output: ask for it, dense=True")
-        sigmas = self.grid.sigmas if self.method is None else self.grid.sigmas[self.method.between(self.grid)]
+        sigmas = self.grid.sigmas if self.method is None else self.grid.sigmas[list(self.method.between(self.grid))]
         low, high = float(sigmas.min()), float(sigmas.max())
         sigma = float(onto_ends(np.float64(sigma), low, high))
         if not low <= sigma <= high:

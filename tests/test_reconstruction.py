@@ -162,7 +162,7 @@ def test_budgets_that_pay_for_nothing_are_refused():
 
 
 def test_calibrated_solvers_go_their_way_and_the_default_the_other():
-    options = {"n": 4, "refine": 0, "reference_nfe": 160}
+    options = {"n": 4, "refine": 0, "reference_nfe": 400}
     up, down = (ddim_ode.calibrate(FIELD, 5, direction=way, **options) for way in ("encode", "sample"))
     other = ddim_ode.calibrate(FIELD, 5, seed=1, **options)
     found = study([up, down, down, other, "ddim"], [4, 5], along=5)

@@ -287,9 +287,9 @@ class Solver(ABC):
         """The only grid it runs on, in the direction it runs in, if there is but one."""
         return None
 
-    def between(self, grid: Grid) -> slice:
-        """The nodes between which the states of a run can be read: all, but where a step is none of eq. 14's."""
-        return slice(None)
+    def between(self, grid: Grid) -> tuple[int, int]:
+        """The first and the last node between which the states of a run can be read: all, but for steps that are none of eq. 14's."""
+        return 0, grid.steps
 
     def check_field(self, field: Any) -> None:  # noqa: B027  (most run with all)
         """Refuse an :class:`~ddim_ode.EpsilonField` that it was not made for, before any model call."""

@@ -264,10 +264,10 @@ class Calibrated(Solver):
         place = len(nodes.sigmas) if self.encodes else 0
         return Grid(np.insert(nodes.sigmas, place, self.leap.top), schedule, nodes.name)
 
-    def between(self, grid: Grid) -> slice:
+    def between(self, grid: Grid) -> tuple[int, int]:
         if self.leap is None:
-            return slice(None)
-        return slice(0, grid.steps) if self.encodes else slice(1, None)
+            return 0, grid.steps
+        return (0, grid.steps - 1) if self.encodes else (1, grid.steps)
 
     def nfe(self, steps: int) -> int:
         return steps - (self.leap is not None)
