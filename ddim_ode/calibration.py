@@ -73,9 +73,9 @@ ENOUGH = 0.99
 _H, _MOVE = 1e-3, 1e-2
 #: Nodes kept of a reference, for the states on its way.
 _KEPT = 100
-#: Members that are tried for a base beside the default, on the default's grid.
 #: What trajectories are made by.
 REFERENCE = "ab4-rk"
+#: Members that are tried for a base beside the default, on the default's grid.
 BASES = {"sample": ("flow3", "flow2"), "encode": ("flowup4",)}
 #: Samples that the Gaussian of the noisy end is taken from, and the calls that the default makes them in.
 SAMPLES_SEEN, SAMPLES_NFE = 256, 10
