@@ -289,8 +289,8 @@ def _print_calibration(rows: list[dict[str, Any]]) -> None:
         if row["kept"] == "default":
             print(f"{at} the default was kept: nothing was better, beyond chance, on what was held back")
         else:
-            words = "of the default's error on what was held back, and chosen by"
-            print(f"{at} {kept / default:.2g} {words}: by {row['base']} fitted")
+            words = "of the default's error on what was held back, which also chose it"
+            print(f"{at} {kept / default:.2g} {words}; {row['base']} fitted")
         if "features" in row:
             seen = row["features"]
             print(
