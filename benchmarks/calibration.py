@@ -232,6 +232,14 @@ def _error(x: float) -> str:
     return f"{x:.2g}" if x < 1e-3 else f"{x:.4f}"
 
 
+def _beside(own: dict[str, float], default: dict[str, float]) -> list[str]:
+    """RMS and geometric mean, the default's, and the ratios."""
+    cells = []
+    for key in ("rms", "geometric"):
+        cells += [f"**{_error(own[key])}**", _error(default[key]), f"{own[key] / default[key]:.2f}"]
+    return cells
+
+
 def table_unseen(record: dict[str, Any]) -> str:
     """Errors by problem, direction and calls."""
     lines = [
@@ -243,8 +251,7 @@ def table_unseen(record: dict[str, Any]) -> str:
         for row in sorted(found["rows"], key=lambda row: DIRECTIONS.index(row["direction"])):
             own, default = row["calibrated"], row["default"]
             cells = [f"{name} ({found['dimension']})", row["direction"], str(row["nfe"])]
-            for key in ("rms", "geometric"):
-                cells += [f"**{_error(own[key])}**", _error(default[key]), f"{own[key] / default[key]:.2f}"]
+            cells += _beside(own, default)
             cells.append(f"{row['nearer']} of {found['latents']}")
             peer = best_peer(found, row["nfe"]) if row["direction"] == "sample" else None
             if peer is None:
@@ -272,10 +279,7 @@ def table_round_trips(record: dict[str, Any]) -> str:
         for row in found["rows"]:
             if row["direction"] == "encode":
                 own, default = row["round_trip"]["calibrated"], row["round_trip"]["default"]
-                cells = [name, str(row["nfe"])]
-                for key in ("rms", "geometric"):
-                    cells += [f"**{_error(own[key])}**", _error(default[key]), f"{own[key] / default[key]:.2f}"]
-                lines.append("| " + " | ".join(cells) + " |")
+                lines.append("| " + " | ".join((name, str(row["nfe"]), *_beside(own, default))) + " |")
     return "\n".join(lines)
 
 

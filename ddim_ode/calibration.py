@@ -50,7 +50,7 @@ from ddim_ode.quality import Features
 from ddim_ode.sampling import DEFAULTS, plan, sample
 from ddim_ode.schedule import whole
 from ddim_ode.solution import Status, Step
-from ddim_ode.solvers import Solver, get
+from ddim_ode.solvers import Solver, fit_gaussian, get
 from ddim_ode.solvers.calibrated import HOLDS_FOR, PART, Calibrated, Leap, Table, table
 
 __all__ = ["SAMPLES", "calibrate", "check_calibration"]
@@ -162,14 +162,14 @@ def calibrate(
     study = _Study(task, fitted, held, consistent, advance, far)
     default = study.judge("default", unfitted)
     study.stages.append(default)
-    exact = known.difference > 0.2 * default.held
-    if exact and known.difference > ROUNDING:
+    blind = known.difference > 0.2 * default.held
+    if blind and known.difference > ROUNDING:
         raise ValueError(
             f"the reference does not converge, or not beyond what the default does: at {reference_nfe} and {reference_nfe // 2} "
             "calls its two resolutions differ by "
             f"{known.difference:.2g} RMS, and the default at {nfe} calls is off it by {default.held:.2g}: give a larger reference_nfe"
         )
-    if not exact:  # nothing is seen below what the reference is good for, and there the default is exact
+    if not blind:  # else the default is exact, as far as float64 can tell, and nothing is better
         study.run(base, refine)
     return study.result(known, began, seed, network)
 
@@ -333,14 +333,10 @@ class _Far:
     """What the leaps of a field are made from: directions of its samples with their spread, and where trajectories are."""
 
     def __init__(self, samples: Tensor, half: _Half, encodes: bool, top: float) -> None:
-        flat = samples.flatten(1)
-        _, spread, directions = torch.linalg.svd(flat - flat.mean(dim=0), full_matrices=False)
-        variance = (spread.square() / (len(flat) - 1)).numpy(force=True)
-        count = min(DIRECTIONS, flat.shape[1])
+        self.gaussian = fit_gaussian(samples, rank=min(DIRECTIONS, samples[0].numel()))
+        assert self.gaussian.basis is not None
         # As they are kept; not orthogonal to the last bit then, which the shift makes good on average.
-        self.directions = directions[:count].numpy(force=True).astype("<f2").astype(np.float64)
-        self.variance = variance[:count]
-        self.rest = float(variance[count:].sum()) / max(1, flat.shape[1] - count)
+        self.directions = self.gaussian.basis.T.numpy(force=True).astype("<f2").astype(np.float64)
         self.path = replace(half.path, x_bar=half.path.x_bar.double().mean(dim=1, keepdim=True))
         #: The mean of the trajectories where they end at σ_T.
         self.end = (half.exact if encodes else half.start).flatten(1).mean(dim=0).numpy(force=True)
@@ -348,27 +344,29 @@ class _Far:
 
     @staticmethod
     def of(task: _Task, half: _Half, seed: int) -> _Far | None:
-        """From samples made for the purpose; None where too few of them are finite to say anything."""
+        """From samples made for the purpose; None where too few of them are finite, or all alike, to say anything."""
         field = task.field
         shape = tuple(half.start.shape[1:])
         latents = draw(shape, range(SAMPLES_SEEN), seed, 0, POPULATION).to(half.start.device)
         run = sample(field, latents, nfe=SAMPLES_NFE, batch_size=task.size)
         task.calls += SAMPLES_SEEN * SAMPLES_NFE
         good = torch.tensor([status is Status.SUCCESS for status in run.status], device=latents.device)
-        if int(good.sum()) < SAMPLES_SEEN // 2:
+        samples = run.x_bar[good]
+        if len(samples) < SAMPLES_SEEN // 2 or bool((samples == samples[0]).all()):
             return None
-        return _Far(run.x_bar[good], half, task.direction == "encode", field.schedule.sigma_max)
+        return _Far(samples, half, task.direction == "encode", field.schedule.sigma_max)
 
     def levels(self) -> list[float]:
         """Where calls may begin, or end."""
-        widest = math.sqrt(float(self.variance[0]))
+        widest = math.sqrt(float(self.gaussian.variance[0]))
         return [level for times in LEAPS if (level := times * widest) < 0.7 * self.top]
 
     def leap(self, level: float) -> Leap:
         """From σ_T to a level, or from it to σ_T."""
         a, b = (level, self.top) if self.encodes else (self.top, level)
-        ratio = lambda variance: np.sqrt((variance + b * b) / (variance + a * a))
-        gain, gains = float(ratio(self.rest)), ratio(self.variance)
+        gains = self.gaussian.propagator(np.array(a), b)
+        # That of all other directions is the last; where there are none the last one's own does.
+        gain, gains = float(gains[-1]), gains[: len(self.directions)]
         there = self.path(level).flatten().numpy(force=True)
         before, after = (there, self.end) if self.encodes else (self.end, there)
         moved = gain * before + ((gains - gain) * (self.directions @ before)) @ self.directions

@@ -269,9 +269,9 @@ def _run(
         pieces = _each_dense(evaluate.visits, count, solver.order)
     elif dense and kept is not None:
         begin, end = solver.between(grid)
-        count = min(end, done) + 1 - begin
-        nodes_ = slice(begin, begin + count)
-        pieces = (Dense(grid.sigmas[nodes_], kept.narrow(0, begin, count), (*slopes, None)[nodes_], solver.order),)
+        size = min(end, done) + 1 - begin
+        read = slice(begin, begin + size)
+        pieces = (Dense(grid.sigmas[read], kept.narrow(0, begin, size), (*slopes, None)[read], solver.order),)
     return Solution(
         x_bar,
         tuple(reached),
