@@ -49,11 +49,9 @@ from ddim_ode.plotting import save_figure
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("unseen", "trajectories", "quality")
 DIRECTIONS = ("sample", "encode")
-#: Calls of calibrated solvers; networks get the fewer.
-CALLS = (4, 5, 6, 8, 10, 12, 15, 20)
-NETWORK_CALLS = (5, 10, 20)
-#: Where peers run.
+#: Where peers run, and calls of calibrated solvers; all of 4 to 20 on the digits, which take seconds each.
 CONTESTED = (5, 10, 20)
+CALLS = {"digits": (4, 5, 6, 8, 10, 12, 15, 20)}
 #: Trajectories given, and latents that errors are measured on.
 GIVEN = {"network-cifar10": 24}
 OTHERWISE = 48
@@ -120,7 +118,7 @@ def unseen(name: str, known: dict[str, Any], had: dict[str, Any], save: Save) ->
     rows, found = had.get("rows", []), had.get("peers")
     about: dict[str, Any] = {"latents": len(task.latent), "dimension": task.latent[0].numel(), "trajectories": given}
     about |= {"reference_difference": task.difference}
-    for nfe, direction in itertools.product(NETWORK_CALLS if name in NETWORKS else CALLS, DIRECTIONS):
+    for nfe, direction in itertools.product(CALLS.get(name, CONTESTED), DIRECTIONS):
         if any((row["direction"], row["nfe"]) == (direction, nfe) for row in rows):
             continue
         own = solver(name, task, nfe, direction, given)
