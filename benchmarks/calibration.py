@@ -8,7 +8,8 @@ Parts:
 ``trajectories``
     Errors by the number of trajectories that a calibration was given, 4 to 64, of which it holds back a third.
 ``quality``
-    The Fréchet and kernel distance of samples at 5 and 10 calls, default and calibrated from the same latents, with the floor.
+    The Fréchet and kernel distance, precision and recall of samples at 5 and 10 calls, default and calibrated from the same latents, with
+    the floor; at 5 calls ``consistent=True`` too.
 
 Run from the root of a checkout::
 
@@ -66,12 +67,13 @@ FITTED, HELD_OUT = 100, 2
 IMAGES, NEARLY_EXACT = 1000, 50
 
 
-def solver(name: str, task: Problem, nfe: int, direction: str, n: int) -> Calibrated:
+def solver(name: str, task: Problem, nfe: int, direction: str, n: int, consistent: bool = False) -> Calibrated:
     """A calibrated solver, from ``out/calibration`` if it is there."""
-    path = output_folder(ROOT / "out/calibration") / f"{name}-{direction}-{nfe}-{n}.json"
+    stem = f"{name}-{direction}-{nfe}-{n}" + ("-consistent" if consistent else "")
+    path = output_folder(ROOT / "out/calibration") / f"{stem}.json"
     if path.exists():
         return load_solver(path)
-    found = calibrate(task.field, nfe, n=n, seed=FITTED, direction=direction)
+    found = calibrate(task.field, nfe, n=n, seed=FITTED, direction=direction, consistent=consistent)
     found.save(path)
     return found
 
@@ -188,7 +190,7 @@ def distances(name: str, save: Save) -> None:
     """Distances of samples from test images, calibrated and default, from the same latents."""
     data = NETWORKS[name]
     reference, floor, network = features_of(data, "test"), features_of(data, "train"), EfficientNetLite0()
-    task = problem(name, 4, HELD_OUT)
+    task, given = problem(name, UNSEEN[name], HELD_OUT), GIVEN.get(name, OTHERWISE)
 
     def features(**options: Any) -> Features:
         x = ddim_ode.sample(task.field, n=IMAGES, seed=0, batch_size=50, **options).x
@@ -196,20 +198,24 @@ def distances(name: str, save: Save) -> None:
 
     exact = features(nfe=NEARLY_EXACT)
     best = quality(exact, reference, floor).record()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for nfe in (5, 10):
-        own = solver(name, task, nfe, "sample", GIVEN.get(name, OTHERWISE))
-        found = {"default": features(nfe=nfe), "calibrated": features(solver=own)}
-        seen = {how: quality(own_, reference, floor) for how, own_ in found.items()}
-        apart = {how: float((x.values - exact.values).square().sum(dim=1).mean().sqrt()) for how, x in found.items()}
-        more = seen["calibrated"].difference(seen["default"], paired=True)
-        rows.append(
-            {"nfe": nfe, "images": IMAGES, "network": network.name, "data": data, "kept": own.record["kept"]}
-            | {how: of.record() for how, of in seen.items()}
-            | {"exact": best, "exact_nfe": NEARLY_EXACT, "apart": apart}
-            | {"more": {key: {"value": e.value, "error": e.error} for key, e in more.items()}}
-            | circumstances(task.field, torch.float64)
-        )
+        own = {"calibrated": solver(name, task, nfe, "sample", given)}
+        if nfe == 5:
+            own["consistent"] = solver(name, task, nfe, "sample", given, consistent=True)
+        options = {"default": {"nfe": nfe}} | {how: {"solver": x} for how, x in own.items()}
+        found = {how: features(**chosen) for how, chosen in options.items()}
+        seen = {how: quality(x, reference, floor) for how, x in found.items()}
+        row: dict[str, Any] = {"nfe": nfe, "images": IMAGES, "network": network.name, "data": data, "exact": best}
+        row |= {"exact_nfe": NEARLY_EXACT, "kept": {how: x.record["kept"] for how, x in own.items()}}
+        row["solvers"] = {how: x.record() for how, x in seen.items()}
+        row["apart"] = {how: float((x.values - exact.values).square().sum(1).mean().sqrt()) for how, x in found.items()}
+        row["error"] = {how: errors(run(task, "sample", **chosen)) for how, chosen in options.items()}
+        more = {how: seen[how].difference(seen["default"], paired=True) for how in own}
+        row["more"] = {
+            how: {key: {"value": e.value, "error": e.error} for key, e in x.items()} for how, x in more.items()
+        }
+        rows.append(row | circumstances(task.field, torch.float64))
         save(rows)
         print(f"{name} {nfe}: {rows[-1]['more']}", flush=True)
 
@@ -323,27 +329,38 @@ def table_trajectories(record: dict[str, Any]) -> str:
 
 
 def table_quality(record: dict[str, Any]) -> str:
-    """Distances, and paired differences."""
+    """Distances and shares, what exact trajectories have, and paired differences from the default."""
     lines = [
-        "| problem | calls | distance | default | calibrated | calibrated − default | exact trajectories | floor |",
-        "|---" * 8 + "|",
+        "| problem | calls | measure | default | calibrated | more by | consistent | more by | exact trajectories | floor |",
+        "|---" * 10 + "|",
     ]
+    measures = (
+        ("frechet", 1.0, 2, "Fréchet"), ("kernel", 1e3, 2, "kernel × 10³"), ("precision", 1.0, 3, "precision"),
+        ("recall", 1.0, 3, "recall"),
+    )  # fmt: skip
     for name, rows in record["quality"].items():
         for row in rows:
-            for key, scale, words in (("frechet", 1.0, "Fréchet"), ("kernel", 1e3, "kernel × 10³")):
-                show = lambda of, key=key, scale=scale: f"{scale * of[key]:.2f} ± {scale * of[f'{key}_error']:.2f}"
-                more = row["more"][key]
-                cells = [show(row["default"]), show(row["calibrated"])]
-                cells.append(f"{scale * more['value']:+.2f} ± {scale * more['error']:.2f}")
-                cells += [show(row["exact"]), show(row["default"]["floor"])]
+            others = [how for how in row["solvers"] if how != "default"]
+            empty = [""] * 2 * (2 - len(others))
+            for key, scale, digits, words in measures:
+
+                def shown(of: dict[str, Any], key: str = key, scale: float = scale, digits: int = digits) -> str:
+                    return f"{scale * of[key]:.{digits}f} ± {scale * of[f'{key}_error']:.{digits}f}"
+
+                cells = [shown(row["solvers"]["default"])]
+                for how in others:
+                    more = row["more"][how][key]
+                    cells.append(shown(row["solvers"][how]))
+                    cells.append(f"{scale * more['value']:+.{digits}f} ± {scale * more['error']:.{digits}f}")
+                cells += [*empty, shown(row["exact"]), shown(row["solvers"]["default"]["floor"])]
                 lines.append(f"| {name} | {row['nfe']} | {words} | " + " | ".join(cells) + " |")
-            apart = [f"{row['apart'][how]:.2f}" for how in ("default", "calibrated")]
-            share = f"{row['apart']['calibrated'] / row['apart']['default']:.2f} of it"
-            lines.append(
-                f"| {name} | {row['nfe']} | features of the same latent, RMS | "
-                + " | ".join((*apart, share, "0", ""))
-                + " |"
-            )
+            apart = {how: (x, f"{x:.2f}") for how, x in row["apart"].items()}
+            off = {how: (x["rms"], _error(x["rms"])) for how, x in row["error"].items()}
+            for words, of in (("features of the same latent, RMS", apart), ("image of the same latent, RMS", off)):
+                cells = [of["default"][1]]
+                for how in others:
+                    cells += [of[how][1], f"× {of[how][0] / of['default'][0]:.2f}"]
+                lines.append(f"| {name} | {row['nfe']} | {words} | " + " | ".join((*cells, *empty, "0", "")) + " |")
     return "\n".join(lines)
 
 
