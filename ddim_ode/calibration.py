@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.linalg import null_space
 from torch import Tensor
 
 import ddim_ode
@@ -503,7 +504,13 @@ class _Member:
                 more[0] = -more[1:].sum()
             row[: more.size] += scale * more
             weights.append(tuple(row))
-        return Table(plain.sigmas, tuple(propagators), tuple(weights))
+        made = Table(plain.sigmas, tuple(propagators), tuple(weights))
+        return _without_noise(made) if self.bound else made
+
+    @property
+    def bound(self) -> bool:
+        """Whether the last step is held to leave no noise: sampling, and where all steps do not so anyway."""
+        return not self.consistent and bool(self.grid.sigmas[0] > self.grid.sigmas[-1])
 
     def free(self) -> list[tuple[int, int]]:
         """Which of `added` can be chosen."""
@@ -537,6 +544,35 @@ class _Member:
     def units(self, at: list[tuple[int, int]]) -> Array:
         """What the numbers `at` and the levels that can move are counted in."""
         return np.append(_scales(self.table())[[n for n, _ in at]], self.rooms())
+
+
+def _noise_left(numbers: Table) -> tuple[Array, float]:
+    r"""What a run makes of noise of unit size over data that are all 0, where :math:`\epsilon = \bar x/\sigma`.
+
+    What its last step multiplies, (1 + its evaluations,), and where it ends, which should be 0 too. So it is then over any other value.
+    """
+    x_bar = last = numbers.sigmas[0]
+    asked: list[float] = []
+    for sigma, propagator, weights in zip(numbers.sigmas, numbers.propagators, numbers.weights, strict=False):
+        last = x_bar
+        asked.insert(0, PART.c * x_bar / sigma)
+        x_bar = propagator * x_bar + sum(w * z for w, z in zip(weights, asked, strict=False))
+    return np.array([last, *asked]), float(x_bar)
+
+
+def _without_noise(numbers: Table) -> Table:
+    """The table whose last step is changed by the least that leaves no noise in data that are one value.
+
+    What is nearest to trajectories in the mean of squares may leave a hundredth of the noise in all of an image: it hardly counts there,
+    and features see it first.
+    """
+    columns, left = _noise_left(numbers)
+    columns = columns[: 1 + HISTORY]
+    change = -left * columns / np.square(columns).sum()
+    weights = np.array(numbers.weights[-1])
+    weights[: len(change) - 1] += change[1:]
+    propagators = (*numbers.propagators[:-1], numbers.propagators[-1] + float(change[0]))
+    return replace(numbers, propagators=propagators, weights=(*numbers.weights[:-1], tuple(weights.tolist())))
 
 
 def _scales(numbers: Table) -> Array:
@@ -694,8 +730,12 @@ class _Study:
                     gram += (columns @ columns.T).numpy(force=True)
                     against += (columns @ left).numpy(force=True)
                 if own and np.isfinite(gram).all() and np.isfinite(against).all():
-                    diagonal = np.diag(np.diag(gram))
-                    theta = np.linalg.lstsq(gram + shrinkage * diagonal, against, rcond=1e-14)[0].astype(np.float64)
+                    damped = gram + shrinkage * np.diag(np.diag(gram))
+                    # Of the last step, only what leaves no noise.
+                    bound = member.bound and n + 1 == numbers.steps
+                    free_to = null_space(_noise_left(numbers)[0][None, : len(own)]) if bound else np.eye(len(own))
+                    found = np.linalg.lstsq(free_to.T @ damped @ free_to, free_to.T @ against, rcond=1e-14)[0]
+                    theta = (free_to @ found).astype(np.float64)
                     member = member.plus([(n, j) for j in own], theta)
                     numbers = member.table()
                 states = [(_advance(numbers, n, x_bar, history), history) for x_bar, history in states]
