@@ -12,11 +12,11 @@ fitted in three stages of which each starts from the best before it:
 ``refined``
     Levels and all numbers together, by Gauss–Newton on the ends.
 
-What the last two lessen is the mean over samples of the RMS error at the end, by least squares that are weighted anew at each step:
-of few calls a sample near the border between two modes may be off by a whole image, and plain squares would be about such samples
-alone. Derivatives with respect to a number are differences between two runs of the rest of the trajectory: no gradient goes through
-the network, which may be anything. What is kept is what does best on trajectories that nothing was fitted to; without an
-improvement there, the default.
+Sampling, the last step is held to leave no noise in data of one value. What the last two stages lessen is the mean over samples of the
+RMS error at the end, by least squares that are weighted anew at each step: of few calls a sample near the border between two modes may
+be off by a whole image, and plain squares would be about such samples alone. Derivatives with respect to a number are differences
+between two runs of the rest of the trajectory: no gradient goes through the network, which may be anything. What is kept is what does
+best on trajectories that nothing was fitted to; without an improvement there, the default.
 
 Learned from Bespoke Non-Stationary solvers (Shaul et al. 2024: every solver is such a table), S4S (Frankel et al. 2025: coefficients
 and levels in turns, then together), LD3 (Tong et al. 2024: levels by the end of the trajectory), GITS (Chen et al. 2024), and Wang &
