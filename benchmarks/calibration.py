@@ -50,7 +50,7 @@ from ddim_ode.plotting import save_figure
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("unseen", "trajectories", "quality")
 DIRECTIONS = ("sample", "encode")
-#: Where peers run, and calls of calibrated solvers; all of 4 to 20 on the digits, which take seconds each.
+#: Where peers run, and calls of calibrated solvers; more of them on the digits, which take seconds each.
 CONTESTED = (5, 10, 20)
 CALLS = {"digits": (4, 5, 6, 8, 10, 12, 15, 20)}
 #: Trajectories given, and latents that errors are measured on.
@@ -331,7 +331,7 @@ def table_trajectories(record: dict[str, Any]) -> str:
 def table_quality(record: dict[str, Any]) -> str:
     """Distances and shares, what exact trajectories have, and paired differences from the default."""
     lines = [
-        "| problem | calls | measure | default | calibrated | more by | consistent | more by | exact trajectories | floor |",
+        "| problem | calls | measure | default | calibrated | beside it | consistent | beside it | exact trajectories | floor |",
         "|---" * 10 + "|",
     ]
     measures = (

@@ -549,7 +549,8 @@ class _Member:
 def _noise_left(numbers: Table) -> tuple[Array, float]:
     r"""What a run makes of noise of unit size over data that are all 0, where :math:`\epsilon = \bar x/\sigma`.
 
-    What its last step multiplies, (1 + its evaluations,), and where it ends, which should be 0 too. So it is then over any other value.
+    What its last step multiplies, (1 + its evaluations,), and the noise at its end, beyond what is there by its level. Over any other
+    value x_0 it is the same, and all runs end at one multiple of x_0.
     """
     x_bar = last = numbers.sigmas[0]
     asked: list[float] = []
@@ -557,11 +558,11 @@ def _noise_left(numbers: Table) -> tuple[Array, float]:
         last = x_bar
         asked.insert(0, PART.c * x_bar / sigma)
         x_bar = propagator * x_bar + sum(w * z for w, z in zip(weights, asked, strict=False))
-    return np.array([last, *asked]), float(x_bar)
+    return np.array([last, *asked]), float(x_bar - numbers.sigmas[-1])
 
 
 def _without_noise(numbers: Table) -> Table:
-    """The table whose last step is changed by the least that leaves no noise in data that are one value.
+    """The table whose last step is changed, by the least sum of squares, so that it leaves no noise in data of one value.
 
     What is nearest to trajectories in the mean of squares may leave a hundredth of the noise in all of an image: it hardly counts there,
     and features see it first.
@@ -699,7 +700,7 @@ class _Study:
         r"""The member with numbers that bring each step of its own run nearest to the reference at the step's end.
 
         Of the regressors r_j, which are x̄ and the last evaluations in units of the step, and what is left, b, the θ that
-        minimises :math:`|b - \sum_j \theta_j r_j|^2 + \rho \sum_j |r_j|^2 \theta_j^2`.
+        minimises :math:`|b - \sum_j \theta_j r_j|^2 + \rho \sum_j |r_j|^2 \theta_j^2`; of the last step, among those that leave no noise.
         """
         program = member.program()
         numbers = program.numbers

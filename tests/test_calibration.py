@@ -187,7 +187,24 @@ def test_no_noise_is_left(digits, consistent):
     below = Calibrated(solver.numbers, solver.model, force=True)
     end = ddim_ode.integrate(alone, x_bar, Grid.explicit(solver.numbers.sigmas, LINEAR), below).x_bar
     torch.testing.assert_close(end, end.mean().expand_as(end), rtol=0, atol=1e-9)
-    assert abs(float(end.mean()) - 0.5) < (1e-9 if consistent else 0.05)
+    assert abs(float(end.mean()) - 0.5) < (1e-9 if consistent else 0.005)
+
+
+@pytest.mark.parametrize("nfe", [2, 3, 10])
+@pytest.mark.parametrize("base", ["flowdown5", "flow3", "ab4"])
+def test_numbers_are_held_to_leave_no_noise(base, nfe):
+    """Whatever the numbers, of rows shorter and longer than what can be fitted; encoding there is nothing to leave."""
+    grid = Grid.make("flow", LINEAR, nfe)
+    for nodes in (grid, grid.reversed()):
+        member = study._Member.of(get(base), nodes, False)
+        rng = np.random.default_rng(0)
+        member = replace(member, added=0.02 * rng.standard_normal(member.added.shape))
+        made = member.table()
+        assert member.bound == (nodes is grid)
+        if member.bound:
+            x_bar, *z = last_columns(lambda x, s: x / s, made)
+            end = made.propagators[-1] * x_bar + sum(w * own for w, own in zip(made.weights[-1], z, strict=False))
+            assert abs(end) < 1e-12 * grid.sigmas[0]
 
 
 @pytest.mark.parametrize("direction", ["sample", "encode"])
@@ -349,7 +366,7 @@ def test_derivatives_are_those_of_the_ends(encoding, leaping, digits):
         amounts = 1e-4 * np.eye(len(slopes))[k]
         there = [made.judge("", member.plus(at, s * amounts[: len(at)]).moved(s * amounts[len(at) :])) for s in (1, -1)]
         found = (there[0].own_ends - there[1].own_ends).flatten(1) / (2e-4 * task.unit)
-        assert rms(found - slopes[k]) < 0.05 * rms(found) + 1e-10
+        assert rms(found - slopes[k]) < 0.05 * rms(found)
         gradient.append(float((there[0].own - there[1].own).sum()) / 2e-4)
     left = ((now.own_ends - made.fitted.exact) / task.unit).flatten(1)
     expected = torch.einsum("kbd,bd->k", slopes, left / left.norm(dim=1, keepdim=True)) / math.sqrt(64)
