@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
 import ddim_ode
@@ -396,6 +397,7 @@ def figure(record: dict[str, Any]) -> Figure:
                 )
                 axes.set_title(f"{name}, D = {result['dimension']}", fontsize=9)
             axes.set(yscale="log")
+            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.set_xticks([4, 5, 10, 15, 20])
             axes.grid(alpha=0.3)
             axes.set_xlabel("calls", fontsize=8)
@@ -426,11 +428,10 @@ def figure(record: dict[str, Any]) -> Figure:
         strict=True,
     ):
         axes.set_ylabel(words, fontsize=8)
-    if found:
-        panels[0, 0].legend(fontsize=6)
-        first = next((axes for axes in panels[2] if axes.get_visible()), None)
-        if first is not None:
-            first.legend(fontsize=6)
+    for number, axes in enumerate(panels[::2, 0]):
+        drawn.legend(
+            *axes.get_legend_handles_labels(), fontsize=7, ncols=5, loc=f"outside {('upper', 'lower')[number]} center"
+        )
     return drawn
 
 
