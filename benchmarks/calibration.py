@@ -428,10 +428,10 @@ def figure(record: dict[str, Any]) -> Figure:
         strict=True,
     ):
         axes.set_ylabel(words, fontsize=8)
-    for number, axes in enumerate(panels[::2, 0]):
-        drawn.legend(
-            *axes.get_legend_handles_labels(), fontsize=7, ncols=5, loc=f"outside {('upper', 'lower')[number]} center"
-        )
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    drawn.legend(handles, labels, fontsize=7, ncols=5, loc="outside upper center")
+    handles, labels = panels[2, 0].get_legend_handles_labels()
+    drawn.legend(handles, labels, fontsize=7, ncols=4, loc="outside lower center")
     return drawn
 
 
