@@ -249,8 +249,8 @@ def table_unseen(record: dict[str, Any]) -> str:
     """Errors by problem, direction and calls."""
     lines = [
         "| problem (D) | way | calls | calibrated: RMS | default | ratio | geometric mean | default | ratio | nearer "
-        "| best peer, RMS | ratio | kept | calls from σ | gap |",
-        "|---" * 15 + "|",
+        "| best peer, RMS | ratio | kept | calls from σ | gap | high frequencies |",
+        "|---" * 16 + "|",
     ]
     for name, found in record["unseen"].items():
         for row in sorted(found["rows"], key=lambda row: DIRECTIONS.index(row["direction"])):
@@ -269,7 +269,8 @@ def table_unseen(record: dict[str, Any]) -> str:
                     f"{ratio:.2f}" + (f" (target {TARGETS[row['nfe']]:g}: missed)" if missed else ""),
                 ]
             level = "σ_T" if row["leap"] is None else f"{row['leap']:.3g}"
-            cells += [row["kept"], level, f"{row['gap']:.2f}"]
+            fine = " → ".join(f"{row['high_frequencies'][how]:.2f}" for how in ("default", "kept"))
+            cells += [row["kept"], level, f"{row['gap']:.2f}", fine]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -430,8 +431,9 @@ def figure(record: dict[str, Any]) -> Figure:
         axes.set_ylabel(words, fontsize=8)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     drawn.legend(handles, labels, fontsize=7, ncols=5, loc="outside upper center")
-    handles, labels = panels[2, 0].get_legend_handles_labels()
-    drawn.legend(handles, labels, fontsize=7, ncols=4, loc="outside lower center")
+    for axes in [axes for axes in panels[2] if axes.get_visible()][:1]:
+        handles, labels = axes.get_legend_handles_labels()
+        drawn.legend(handles, labels, fontsize=7, ncols=4, loc="outside lower center")
     return drawn
 
 

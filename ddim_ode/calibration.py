@@ -552,13 +552,11 @@ def _noise_left(numbers: Table) -> tuple[Array, float]:
     What its last step multiplies, (1 + its evaluations,), and the noise at its end, beyond what is there by its level. Over any other
     value x_0 it is the same, and all runs end at one multiple of x_0.
     """
-    x_bar = last = numbers.sigmas[0]
-    asked: list[float] = []
-    for sigma, propagator, weights in zip(numbers.sigmas, numbers.propagators, numbers.weights, strict=False):
-        last = x_bar
-        asked.insert(0, PART.c * x_bar / sigma)
-        x_bar = propagator * x_bar + sum(w * z for w, z in zip(weights, asked, strict=False))
-    return np.array([last, *asked]), float(x_bar - numbers.sigmas[-1])
+    kept: list[tuple[Tensor, History]] = []
+    start = torch.tensor(numbers.sigmas[0], dtype=torch.float64)
+    end = _roll(lambda x_bar, sigma: x_bar / sigma, numbers, start, 0, (), kept)
+    last, history = kept[-1]
+    return torch.stack((last, *history)).numpy(), float(end - numbers.sigmas[-1])
 
 
 def _without_noise(numbers: Table) -> Table:
