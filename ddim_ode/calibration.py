@@ -74,8 +74,8 @@ ENOUGH = 0.99
 _H, _MOVE = 1e-3, 1e-2
 #: Nodes kept of a reference, for the states on its way.
 _KEPT = 100
-#: What trajectories are made by.
-REFERENCE = "ab4-rk"
+#: What trajectories are made by, in how many calls, and how often those are doubled at most where they do not do.
+REFERENCE, REFERENCE_NFE, DOUBLINGS = "ab4-rk", 400, 2
 #: Members that are tried for a base beside the default, on the default's grid.
 BASES = {"sample": ("flow3", "flow2"), "encode": ("flowup4",)}
 #: Samples that the Gaussian of the noisy end is taken from, and the calls that the default makes them in.
@@ -97,7 +97,7 @@ def calibrate(
     direction: str = "sample",
     refine: int = 4,
     consistent: bool = False,
-    reference_nfe: int = 400,
+    reference_nfe: int | None = None,
     batch_size: int = 64,
     network: Callable[[Tensor], Tensor] | None = None,
     advance: Callable[[str], Any] = lambda what: None,
@@ -124,8 +124,9 @@ def calibrate(
     consistent : bool
         Keep what is exact for constant ε: the coefficients of each step add up to the σ it goes. It costs accuracy, and keeps
         colours and means as they are.
-    reference_nfe : int
-        Calls of the reference; it is checked by one of half as many.
+    reference_nfe : int, optional
+        Calls of the reference; it is checked by one of half as many. By default 400, or four times `nfe` where that is more, and twice
+        and four times as many where those do not tell what the default is off by. They must differ by no more than a fifth of that.
     batch_size : int
         Trajectories at once.
     network : callable, optional
@@ -153,24 +154,11 @@ def calibrate(
     )  # fmt: skip
     task = _Task(field, direction, batch_size)
 
-    advance(f"reference, {reference_nfe} and {reference_nfe // 2} calls on {len(start)} trajectories")
-    known = _reference(task, start, images is not None, reference_nfe)
-    fitted, held = known.split()
-    far = None
-    if not consistent and field.condition is None:
-        advance(f"noisy end, {SAMPLES_NFE} calls on {SAMPLES_SEEN} samples")
-        far = _Far.of(task, fitted, seed)
-    study = _Study(task, fitted, held, consistent, advance, far)
-    default = study.judge("default", unfitted)
-    study.stages.append(default)
-    blind = known.difference > 0.2 * default.held
-    if blind and known.difference > ROUNDING:
-        raise ValueError(
-            f"the reference does not converge, or not beyond what the default does: at {reference_nfe} and {reference_nfe // 2} "
-            "calls its two resolutions differ by "
-            f"{known.difference:.2g} RMS, and the default at {nfe} calls is off it by {default.held:.2g}: give a larger reference_nfe"
-        )
-    if not blind:  # else the default is exact, as far as float64 can tell, and nothing is better
+    known, study, sees = _seeing(task, start, images is not None, reference_nfe, unfitted, consistent, advance)
+    if sees:  # else the default is exact, as far as float64 can tell, and nothing is better
+        if not consistent and field.condition is None:
+            advance(f"noisy end, {SAMPLES_NFE} calls on {SAMPLES_SEEN} samples")
+            study.far = _Far.of(task, study.fitted, seed)
         study.run(base, refine)
     return study.result(known, began, seed, network)
 
@@ -188,7 +176,7 @@ def check_calibration(
     seed: int,
     direction: str,
     refine: int,
-    reference_nfe: int,
+    reference_nfe: int | None,
     batch_size: int,
     network: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, list[Unfitted], Unfitted]:
@@ -196,7 +184,8 @@ def check_calibration(
     check_field(field)
     nfe = whole(nfe, "nfe, the calls of a calibrated solver,", 2)
     whole(refine, "refine, the steps of refinement,", 0)
-    reference_nfe = whole(reference_nfe, "reference_nfe", 4 * nfe)
+    if reference_nfe is not None:
+        whole(reference_nfe, "reference_nfe", 4 * nfe)
     whole(batch_size, "batch_size")
     check_seed(seed)
     start = _starts(field, latents, images, n, seed, direction)
@@ -303,6 +292,39 @@ def _reference(task: _Task, given: Tensor, are_images: bool, nfe: int) -> _Refer
     difference = float(((other - exact)[keep] / task.unit).square().mean().sqrt())
     every = _Half(start, exact, path, torch.arange(len(first), device=first.device))
     return _Reference(every[keep], difference, REFERENCE, nfe, task.calls - before, dropped)
+
+
+def _seeing(
+    task: _Task,
+    start: Tensor,
+    are_images: bool,
+    given: int | None,
+    unfitted: Unfitted,
+    consistent: bool,
+    advance: Callable[[str], Any],
+) -> tuple[_Reference, _Study, bool]:
+    """A reference that tells what the default is off by; a study that begins with that; False where both are exact in float64."""
+    nfe = unfitted[0].nfe(unfitted[1].steps)
+    tries = [given] if given is not None else [max(REFERENCE_NFE, 4 * nfe) * 2**more for more in range(DOUBLINGS + 1)]
+    spent, before = 0, math.inf
+    for calls in tries:
+        advance(f"reference, {calls} and {calls // 2} calls on {len(start)} trajectories")
+        known = _reference(task, start, are_images, calls)
+        spent += known.calls
+        study = _Study(task, *known.split(), consistent, advance)
+        default = study.judge("default", unfitted)
+        sees = known.difference <= 0.2 * default.held
+        if sees or known.difference <= ROUNDING:
+            study.stages.append(default)
+            return replace(known, calls=spent), study, sees
+        if not known.difference < 0.5 * before:
+            break  # more calls do not bring its two resolutions together
+        before = known.difference
+    raise ValueError(
+        f"the reference does not converge, or not beyond what the default does: at {known.nfe} and {known.nfe // 2} calls its two "
+        f"resolutions differ by {known.difference:.2g} RMS, and the default at {nfe} calls is off it by {default.held:.2g}: give a larger "
+        "reference_nfe"
+    )
 
 
 def _accurate(task: _Task, first: Tensor, nfe: int, encodes: bool, keep: bool = False) -> tuple[Tensor, Dense, Tensor]:
@@ -638,10 +660,9 @@ class _Study:
         held: _Half,
         consistent: bool,
         advance: Callable[[str], Any],
-        far: _Far | None = None,
     ) -> None:
         self.task, self.fitted, self.held, self.consistent, self.advance = task, fitted, held, consistent, advance
-        self.far = far
+        self.far: _Far | None = None
         self.batches, self.held_batches = fitted.split(task.size), held.split(task.size)
         self.stages: list[_Judged] = []
 

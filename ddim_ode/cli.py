@@ -1242,7 +1242,9 @@ def _parser() -> argparse.ArgumentParser:
         "--consistent", action="store_true", help="keep what is exact for constant ε: colours stay, accuracy is less"
     )
     p.add_argument(
-        "--reference-nfe", type=int, default=400, help="calls of the reference; half as many check it (default: 400)"
+        "--reference-nfe",
+        type=int,
+        help="calls of the reference; half as many check it (default: 400, or more where that is not accurate enough)",
     )
     p.add_argument("--batch-size", type=int, default=64, help="trajectories at once (default: 64)")
     p.add_argument("--out", default="out/calibrated", help="folder (default: out/calibrated)")

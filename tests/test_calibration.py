@@ -794,6 +794,33 @@ def test_a_reference_that_does_not_converge_says_by_how_much():
         calibrate(field, 5, n=4, reference_nfe=40)
 
 
+def test_a_reference_that_more_calls_do_not_help_is_not_tried_for_long():
+    variance = torch.logspace(-8, 0, 6, dtype=torch.float64)
+    field = EpsilonField.from_sigma(GaussianEpsilon(torch.zeros(6), torch.diag(variance)), LINEAR, shape=(6,))
+    with pytest.raises(ValueError, match=r"does not converge, .*: at 800 and 400 calls"):
+        calibrate(field, 5, n=4, direction="encode")
+
+
+def test_a_reference_that_tells_too_little_is_made_anew_in_twice_the_calls():
+    """And says what all of them cost; a number that was given is not changed."""
+    variance = torch.logspace(-5, 0, 6, dtype=torch.float64)
+    field = EpsilonField.from_sigma(GaussianEpsilon(torch.zeros(6), torch.diag(variance)), LINEAR, shape=(6,))
+    made = calibrate(field, 20, n=6, direction="encode", refine=0)
+    known = made.record["reference"]
+    assert known["nfe"] == [800, 400]
+    assert known["calls"] == 6 * (400 + 200 + 800 + 400)
+    assert known["rms_difference"] < 0.2 * made.record["stages"][0]["held_back"]
+    with pytest.raises(ValueError, match="at 400 and 200 calls"):
+        calibrate(field, 20, n=6, direction="encode", refine=0, reference_nfe=400)
+
+
+def test_a_reference_has_four_times_the_calls_at_least(monkeypatch):
+    monkeypatch.setattr(study, "REFERENCE_NFE", 20)
+    field = EpsilonField.from_sigma(lambda x, sigma: 0.0 * x, LINEAR, shape=(3,))
+    assert calibrate(field, 4, n=4).record["reference"]["nfe"] == [20, 10]
+    assert calibrate(field, 6, n=4).record["reference"]["nfe"] == [24, 12]
+
+
 def test_trajectories_that_fail_are_dropped_and_counted(digits):
     def spoilt(x, sigma):
         eps = digits(x, sigma)
