@@ -76,6 +76,8 @@ _H, _MOVE = 1e-3, 1e-2
 _KEPT = 100
 #: What trajectories are made by, in how many calls, and how often those are doubled at most where they do not do.
 REFERENCE, REFERENCE_NFE, DOUBLINGS = "ab4-rk", 400, 2
+#: What twice the calls must leave of the difference between two resolutions to be doubled again; rounding leaves 0.7 at best.
+CLOSER = 0.7
 #: Members that are tried for a base beside the default, on the default's grid.
 BASES = {"sample": ("flow3", "flow2"), "encode": ("flowup4",)}
 #: Samples that the Gaussian of the noisy end is taken from, and the calls that the default makes them in.
@@ -125,8 +127,9 @@ def calibrate(
         Keep what is exact for constant ε: the coefficients of each step add up to the σ it goes. It costs accuracy, and keeps
         colours and means as they are.
     reference_nfe : int, optional
-        Calls of the reference; it is checked by one of half as many. By default 400, or four times `nfe` where that is more, and twice
-        and four times as many where those do not tell what the default is off by. They must differ by no more than a fifth of that.
+        Calls of the reference, checked by one of half as many: the two must differ by no more than a fifth of what the default is off
+        by. By default 400, or four times `nfe` where that is more, and where those do not do twice and then four times as many, as
+        long as the two come closer.
     batch_size : int
         Trajectories at once.
     network : callable, optional
@@ -306,7 +309,7 @@ def _seeing(
     """A reference that tells what the default is off by; a study that begins with that; False where both are exact in float64."""
     nfe = unfitted[0].nfe(unfitted[1].steps)
     tries = [given] if given is not None else [max(REFERENCE_NFE, 4 * nfe) * 2**more for more in range(DOUBLINGS + 1)]
-    spent, before = 0, math.inf
+    spent, before, why = 0, math.inf, ""
     for calls in tries:
         advance(f"reference, {calls} and {calls // 2} calls on {len(start)} trajectories")
         known = _reference(task, start, are_images, calls)
@@ -317,13 +320,19 @@ def _seeing(
         if sees or known.difference <= ROUNDING:
             study.stages.append(default)
             return replace(known, calls=spent), study, sees
-        if not known.difference < 0.5 * before:
-            break  # more calls do not bring its two resolutions together
+        why = (
+            f"at {calls} and {calls // 2} calls its two resolutions differ by {known.difference:.2g} RMS, and the default at {nfe} calls "
+            f"is off it by {default.held:.2g}"
+        )
+        if not known.difference < CLOSER * before:
+            raise ValueError(
+                f"the reference does not converge: {why}, and {calls // 2} calls were hardly worse: is the model rounded too coarsely, "
+                "or are the data too narrow in some directions? A larger reference_nfe may do"
+            )
         before = known.difference
+        del known, study, default  # states of all trajectories: not kept beside the next ones
     raise ValueError(
-        f"the reference does not converge, or not beyond what the default does: at {known.nfe} and {known.nfe // 2} calls its two "
-        f"resolutions differ by {known.difference:.2g} RMS, and the default at {nfe} calls is off it by {default.held:.2g}: give a larger "
-        "reference_nfe"
+        f"the reference does not converge, or not beyond what the default does: {why}: give a larger reference_nfe"
     )
 
 

@@ -421,7 +421,9 @@ def test_a_default_that_is_exact_is_kept():
     generator = torch.Generator().manual_seed(1)
     eps = torch.randn((1, 4), generator=generator, dtype=torch.float64)
     field = EpsilonField.from_sigma(lambda x, sigma: eps.expand(len(x), 4), LINEAR, shape=(4,))
-    assert calibrate(field, 5, n=6, reference_nfe=100).record["kept"] == "default"
+    record = calibrate(field, 5, n=6, reference_nfe=100).record
+    assert [stage["stage"] for stage in record["stages"]] == [record["kept"]] == ["default"]
+    assert record["calls"] == 6 * (100 + 50 + 5)  # nothing more is tried
 
 
 def test_the_reference_of_encodings_is_judged_by_latents():
@@ -797,21 +799,26 @@ def test_a_reference_that_does_not_converge_says_by_how_much():
 def test_a_reference_that_more_calls_do_not_help_is_not_tried_for_long():
     variance = torch.logspace(-8, 0, 6, dtype=torch.float64)
     field = EpsilonField.from_sigma(GaussianEpsilon(torch.zeros(6), torch.diag(variance)), LINEAR, shape=(6,))
-    with pytest.raises(ValueError, match=r"does not converge, .*: at 800 and 400 calls"):
+    with pytest.raises(ValueError, match=r"does not converge: at 800 and 400 calls .* 400 calls were hardly worse"):
         calibrate(field, 5, n=4, direction="encode")
 
 
-def test_a_reference_that_tells_too_little_is_made_anew_in_twice_the_calls():
+@pytest.mark.parametrize(
+    ("nfe", "given", "expected"), [(16, "images", [800, 400]), (20, "n", [1600, 800])], ids=["images", "latents"]
+)
+def test_a_reference_that_tells_too_little_is_made_anew_in_twice_the_calls(nfe, given, expected):
     """And says what all of them cost; a number that was given is not changed."""
-    variance = torch.logspace(-5, 0, 6, dtype=torch.float64)
+    variance = torch.logspace(-3, 0, 6, dtype=torch.float64)
     field = EpsilonField.from_sigma(GaussianEpsilon(torch.zeros(6), torch.diag(variance)), LINEAR, shape=(6,))
-    made = calibrate(field, 20, n=6, direction="encode", refine=0)
-    known = made.record["reference"]
-    assert known["nfe"] == [800, 400]
-    assert known["calls"] == 6 * (400 + 200 + 800 + 400)
+    options = {"direction": "encode", "refine": 0}
+    options |= {"n": 6} if given == "n" else {"images": ddim_ode.noise((6,), 6, 0) * variance.sqrt()}
+    made = calibrate(field, nfe, **options)
+    known, tries = made.record["reference"], [400 * 2**k for k in range(expected[0] // 800 + 1)]
+    assert known["nfe"] == expected
+    assert known["calls"] == 6 * sum(calls + calls // 2 for calls in tries)
     assert known["rms_difference"] < 0.2 * made.record["stages"][0]["held_back"]
-    with pytest.raises(ValueError, match="at 400 and 200 calls"):
-        calibrate(field, 20, n=6, direction="encode", refine=0, reference_nfe=400)
+    with pytest.raises(ValueError, match="at 400 and 200 calls .*: give a larger reference_nfe"):
+        calibrate(field, nfe, reference_nfe=400, **options)
 
 
 def test_a_reference_has_four_times_the_calls_at_least(monkeypatch):

@@ -739,6 +739,20 @@ def test_a_budget_whose_reference_does_not_converge_loses_no_other(gaussians, tm
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize(("given", "said"), [([], None), (["--reference-nfe", "160"], 160)])
+def test_calibrate_leaves_the_calls_of_the_reference_open(gaussians, tmp_path, monkeypatch, given, said):
+    seen = []
+
+    def once(field, nfe, **options):
+        seen.append(options["reference_nfe"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ddim_ode.cli.calibrate", once)
+    command = ["calibrate", "--model", "narrow", "--nfe", "3", "--out", str(tmp_path / "out"), *given]
+    assert main(command) == 130
+    assert seen == [said]
+
+
 def test_calibrate_keeps_what_is_done_when_it_is_interrupted(gaussians, tmp_path, monkeypatch):
     inner = ddim_ode.cli.calibrate
 
