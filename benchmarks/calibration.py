@@ -420,7 +420,7 @@ def figure(record: dict[str, Any]) -> Figure:
         axes.axhline(1.0, color="0.6", ls=":")
         axes.set(xscale="log", yscale="log", xlabel="trajectories given")
         axes.set_xticks(NUMBERS, list(map(str, NUMBERS)))
-        axes.set_yticks([0.1, 0.2, 0.5, 1.0], ["0.1", "0.2", "0.5", "1"])
+        axes.set_yticks([0.1, 0.2, 0.5, 1.0, 2.0], ["0.1", "0.2", "0.5", "1", "2"])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     for axes, words in zip(

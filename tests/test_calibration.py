@@ -817,7 +817,7 @@ def test_a_reference_that_tells_too_little_is_made_anew_in_twice_the_calls(nfe, 
     assert known["nfe"] == expected
     assert known["calls"] == 6 * sum(calls + calls // 2 for calls in tries)
     assert known["rms_difference"] < 0.2 * made.record["stages"][0]["held_back"]
-    with pytest.raises(ValueError, match="at 400 and 200 calls .*: give a larger reference_nfe"):
+    with pytest.raises(ValueError, match=r"at 400 and 200 calls .*: give a larger reference_nfe"):
         calibrate(field, nfe, reference_nfe=400, **options)
 
 
