@@ -8,8 +8,8 @@ Parts:
 ``trajectories``
     Errors by the number of trajectories that a calibration was given, 4 to 64, of which it holds back a third.
 ``quality``
-    The Fréchet and kernel distance, precision and recall of samples at 5 and 10 calls, default and calibrated from the same latents, with
-    the floor; at 5 calls ``consistent=True`` too.
+    The Fréchet and kernel distance, precision and recall of samples at 5 and 10 calls, default and calibrated from the same latents,
+    without and with ``consistent=True``, and the floor.
 
 Run from the root of a checkout::
 
@@ -201,9 +201,10 @@ def distances(name: str, save: Save) -> None:
     best = quality(exact, reference, floor).record()
     rows: list[dict[str, Any]] = []
     for nfe in (5, 10):
-        own = {"calibrated": solver(name, task, nfe, "sample", given)}
-        if nfe == 5:
-            own["consistent"] = solver(name, task, nfe, "sample", given, consistent=True)
+        own = {
+            how: solver(name, task, nfe, "sample", given, consistent)
+            for how, consistent in (("calibrated", False), ("consistent", True))
+        }
         options = {"default": {"nfe": nfe}} | {how: {"solver": x} for how, x in own.items()}
         found = {how: features(**chosen) for how, chosen in options.items()}
         seen = {how: quality(x, reference, floor) for how, x in found.items()}
@@ -343,7 +344,6 @@ def table_quality(record: dict[str, Any]) -> str:
     for name, rows in record["quality"].items():
         for row in rows:
             others = [how for how in row["solvers"] if how != "default"]
-            empty = [""] * 2 * (2 - len(others))
             for key, scale, digits, words in measures:
 
                 def shown(of: dict[str, Any], key: str = key, scale: float = scale, digits: int = digits) -> str:
@@ -354,7 +354,7 @@ def table_quality(record: dict[str, Any]) -> str:
                     more = row["more"][how][key]
                     cells.append(shown(row["solvers"][how]))
                     cells.append(f"{scale * more['value']:+.{digits}f} ± {scale * more['error']:.{digits}f}")
-                cells += [*empty, shown(row["exact"]), shown(row["solvers"]["default"]["floor"])]
+                cells += [shown(row["exact"]), shown(row["solvers"]["default"]["floor"])]
                 lines.append(f"| {name} | {row['nfe']} | {words} | " + " | ".join(cells) + " |")
             apart = {how: (x, f"{x:.2f}") for how, x in row["apart"].items()}
             off = {how: (x["rms"], _error(x["rms"])) for how, x in row["error"].items()}
@@ -362,7 +362,7 @@ def table_quality(record: dict[str, Any]) -> str:
                 cells = [of["default"][1]]
                 for how in others:
                     cells += [of[how][1], f"× {of[how][0] / of['default'][0]:.2f}"]
-                lines.append(f"| {name} | {row['nfe']} | {words} | " + " | ".join((*cells, *empty, "0", "")) + " |")
+                lines.append(f"| {name} | {row['nfe']} | {words} | " + " | ".join((*cells, "0", "")) + " |")
     return "\n".join(lines)
 
 
