@@ -76,7 +76,7 @@ _H, _MOVE = 1e-3, 1e-2
 _KEPT = 100
 #: What trajectories are made by, in how many calls, and how often those are doubled at most where they do not do.
 REFERENCE, REFERENCE_NFE, DOUBLINGS = "ab4-rk", 400, 2
-#: What twice the calls must leave of the difference between two resolutions to be doubled again; rounding leaves 0.7 at best.
+#: What twice the calls may leave of the difference between two resolutions to be doubled again; where it is rounding, 0.7 stays at best.
 CLOSER = 0.7
 #: Members that are tried for a base beside the default, on the default's grid.
 BASES = {"sample": ("flow3", "flow2"), "encode": ("flowup4",)}
@@ -593,8 +593,8 @@ def _noise_left(numbers: Table) -> tuple[Array, float]:
 def _without_noise(numbers: Table) -> Table:
     """The table whose last step is changed, by the least sum of squares, so that it leaves no noise in data of one value.
 
-    What is nearest to trajectories in the mean of squares may leave a hundredth of the noise in all of an image: it hardly counts there,
-    and features see it first.
+    What is nearest to trajectories in the mean of squares leaves a little of the noise in all of an image: it hardly counts there, and
+    features see it first.
     """
     columns, left = _noise_left(numbers)
     columns = columns[: 1 + HISTORY]
